@@ -1,0 +1,1 @@
+"""The SQL files of the extension, shipped inside the package."""
