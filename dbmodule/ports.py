@@ -1,0 +1,245 @@
+"""What the use cases need from the world outside, as Protocols; `dbmodule.app` fills them in.
+
+Only values cross these borders: no driver's, engine's or store's own types. Every method may raise
+the errors named in its docstring and no others on purpose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Protocol
+
+from dbmodule.ident import BackupId, BackupType, Lsn, SystemId, Timeline
+
+Buffer = bytes | bytearray | memoryview
+
+
+class ObjectStore(Protocol):
+    """Immutable named objects. Names are relative, ``/``-separated, of ``[A-Za-z0-9._-]``."""
+
+    url: str
+
+    def put_new(self, name: str, chunks: Iterable[Buffer]) -> int:
+        """Create an object, durable when this returns, and give its size in bytes.
+
+        Atomic: a reader sees the whole object or none. Raises `ObjectExistsError` when the name is
+        taken (then nothing changed) and `RepositoryError` when the store fails.
+        """
+        ...
+
+    def get(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
+        """Bytes ``[offset, offset + length)``, cut at the object's end; `ObjectMissingError`."""
+        ...
+
+    def size(self, name: str) -> int:
+        """Size in bytes; `ObjectMissingError`."""
+        ...
+
+    def list(self, prefix: str) -> Iterator[str]:
+        """Names that start with `prefix`, in ascending order."""
+        ...
+
+    def delete(self, name: str) -> None:
+        """Remove an object; no error when it is not there."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ServerIdentity:
+    """Which server this is and how it is set, as far as a backup depends on it."""
+
+    system_identifier: SystemId
+    catalog_version: int
+    version_num: int
+    """``server_version_num``: 180006 for 18.6."""
+    version: str
+    timeline: Timeline
+    block_size: int
+    blocks_per_segment: int
+    wal_segment_size: int
+    data_checksums: bool
+    wal_log_hints: bool
+    wal_level: str
+    full_page_writes: bool
+    in_recovery: bool
+    data_directory: str
+    port: int
+    started_at: float
+    """``pg_postmaster_start_time()`` as seconds since the epoch."""
+
+    @property
+    def major(self) -> int:
+        return self.version_num // 10000
+
+
+@dataclass(frozen=True, slots=True)
+class StoppedBackup:
+    """What ``pg_backup_stop`` returned."""
+
+    stop_lsn: Lsn
+    backup_label: str
+    tablespace_map: str
+
+
+class Server(Protocol):
+    """One session on a running server, held open from before the start to after the stop."""
+
+    def identify(self) -> ServerIdentity: ...
+
+    def lock(self) -> None:
+        """Keep other backups of this cluster out until the session ends; `LockedError`."""
+        ...
+
+    def reserve_wal(self) -> None:
+        """Keep WAL from now on, until the session ends (a temporary physical slot)."""
+        ...
+
+    def start_backup(self, label: str, *, fast: bool) -> Lsn:
+        """``pg_backup_start``: the LSN from which recovery will have to replay."""
+        ...
+
+    def stop_backup(self) -> StoppedBackup:
+        """``pg_backup_stop``; returns once the stop record is on disk."""
+        ...
+
+    def ensure_alive(self) -> None:
+        """Raise `ServerError` if the session is gone (a backup without it is not one)."""
+        ...
+
+    def missing_grants(self) -> list[str]:
+        """SQL statements that a superuser must run before this role can take backups."""
+        ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class LineageMark:
+    """A random row that a backup leaves in the catalog; seeing it proves an ancestor."""
+
+    mark: str
+    """32 lower-case hexadecimal digits."""
+    xmin: int
+    """The full 64-bit id of the transaction that wrote the row."""
+
+
+@dataclass(frozen=True, slots=True)
+class BackupRecord:
+    """A committed backup as the SQL catalog knows it: a projection of its manifest."""
+
+    backup_id: BackupId
+    type: BackupType
+    baseline_id: BackupId | None
+    status: str
+    label: str
+    cluster: str
+    system_identifier: SystemId
+    timeline: Timeline
+    start_lsn: Lsn
+    stop_lsn: Lsn
+    started_at: datetime
+    finished_at: datetime
+    detector: str
+    files_total: int
+    pages_total: int
+    pages_changed: int
+    bytes_read: int
+    bytes_changed: int
+    bytes_stored: int
+    wal_bytes: int
+    corrupt_pages: int
+    manifest_hash: str
+    """64 hexadecimal digits."""
+
+
+class Catalog(Protocol):
+    """The extension's tables, through short transactions of their own."""
+
+    def leave_mark(self, backup_id: BackupId, position: str) -> LineageMark:
+        """Commit a new mark; `position` is ``'start'`` or ``'stop'``. Raises `ServerError`."""
+        ...
+
+    def sees_marks(self, marks: Sequence[LineageMark]) -> bool:
+        """Are all of them visible here, each written by the transaction recorded for it?"""
+        ...
+
+    def record(self, backup: BackupRecord) -> None:
+        """Project a committed backup into the catalog; recording one twice changes nothing."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A unit of work that a SQL function enqueued."""
+
+    job_id: int
+    type: BackupType
+    baseline_id: BackupId | None
+    label: str
+    detect: str
+
+
+class JobQueue(Protocol):
+    """The table ``dbmodule.job``: the truth, of which NOTIFY is only a hint.
+
+    All methods raise `ServerError` when the server cannot be reached; the caller reconnects and
+    asks again, and no job is lost or done twice.
+    """
+
+    def become_agent(self, agent: str) -> bool:
+        """Take the cluster-wide agent lock for this session; False when another holds it."""
+        ...
+
+    def recover(self) -> list[Job]:
+        """Jobs that an earlier agent claimed and did not end; the caller decides their fate."""
+        ...
+
+    def claim(self, agent: str) -> Job | None:
+        """Claim the oldest queued job in a transaction that has committed on return."""
+        ...
+
+    def progress(self, job_id: int, phase: str, done: int, total: int) -> None:
+        """Heartbeat and progress in bytes."""
+        ...
+
+    def complete(self, job_id: int, backup_id: BackupId, report: dict[str, Any]) -> None: ...
+
+    def fail(self, job_id: int, error: dict[str, str]) -> None:
+        """`error` is ``DbmoduleError.as_dict()``."""
+        ...
+
+    def requeue(self, job_id: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Listener(Protocol):
+    """LISTEN on ``dbmodule_job``; executes nothing else on its connection."""
+
+    def wait(self, timeout: float) -> bool:
+        """True when a notification came within `timeout` seconds; `ServerError` when lost."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Progress(Protocol):
+    """Where a long job tells how far it is. Called from one thread; must return quickly."""
+
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        """`done` and `total` are bytes; `total` is 0 where it is not known."""
+        ...
+
+
+Cancelled = Callable[[], bool]
+"""Asked between units of work; True stops the job with `CancelledError`."""
+
+
+def no_progress(phase: str, done: int, total: int) -> None:
+    """The `Progress` that tells nobody."""
+
+
+def never_cancelled() -> bool:
+    return False

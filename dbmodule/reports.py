@@ -1,0 +1,162 @@
+"""What commands ask for and what they answer, as plain values; their fields are the JSON's names.
+
+LSNs are text as PostgreSQL prints it, times are ISO 8601 in UTC, sizes are bytes, so that
+``dataclasses.asdict`` is the ``--json`` document.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dbmodule.ident import BackupId, BackupType
+
+
+@dataclass(frozen=True, slots=True)
+class BackupOptions:
+    """One backup, as asked for."""
+
+    type: BackupType
+    label: str = ""
+    baseline_id: BackupId | None = None
+    """Pins the backup to build on; None is the rule of `type`."""
+    detect: str = "auto"
+    """``auto``, ``scan`` or ``content``."""
+    offline: bool = False
+    """The server is stopped cleanly; back up its directory as it lies there."""
+    spread_checkpoint: bool = False
+    """Wait for a spread checkpoint rather than force a fast one."""
+
+
+@dataclass(frozen=True, slots=True)
+class CorruptPage:
+    path: str
+    block: int
+    lsn: str
+    expected: int
+    """Checksum that the page's bytes give."""
+    actual: int
+    """Checksum that the page carries."""
+
+
+@dataclass(frozen=True, slots=True)
+class BackupReport:
+    backup_id: str
+    type: str
+    baseline_id: str | None
+    status: str
+    """``completed`` or ``completed_with_corruption``."""
+    label: str
+    cluster: str
+    system_identifier: str
+    server_version: str
+    timeline: int
+    start_lsn: str
+    stop_lsn: str
+    detector: str
+    detector_reason: str
+    files_total: int
+    files_read: int
+    files_skipped: int
+    pages_total: int
+    pages_changed: int
+    pages_stored: int
+    bytes_total: int
+    bytes_read: int
+    bytes_changed: int
+    bytes_stored: int
+    wal_bytes: int
+    pages_verified: int
+    corrupt_pages: int
+    divergent_pages: int
+    hint_pages: int
+    started_at: str
+    finished_at: str
+    seconds: float
+    phases: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class BackupDetails:
+    """`show`: a backup, its chain from the full down, and what to know about it."""
+
+    backup: BackupReport
+    chain: list[str]
+    dependents: list[str]
+    corruption: list[CorruptPage]
+    tablespaces: Mapping[str, str]
+    """Tablespace OID → location on the source."""
+    manifest_hash: str
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreOptions:
+    target: Path
+    backup: str = "latest"
+    """A backup id or ``latest``."""
+    tablespace_map: Mapping[str, Path] = field(default_factory=dict)
+    """Location on the source → location here."""
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreReport:
+    backup_id: str
+    chain: list[str]
+    target: str
+    files: int
+    bytes_written: int
+    pages_from: Mapping[str, int]
+    """Backup id → pages that were taken from it."""
+    seconds: float
+    phases: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    object: str
+    problem: str
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    status: str
+    """``sound`` or ``damaged``."""
+    backups: list[str]
+    objects_checked: int
+    bytes_read: int
+    damage: list[Damage]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of `check`."""
+
+    name: str
+    severity: str
+    """``ok``, ``warning`` or ``error``."""
+    evidence: str
+    remedy: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class CheckReport:
+    status: str
+    """The worst severity among the findings."""
+    findings: list[Finding]
+
+
+@dataclass(frozen=True, slots=True)
+class InitReport:
+    config: str
+    repository: str
+    repository_id: str
+    repository_created: bool
+    cluster: str
+    system_identifier: str
+    server_version: str
+    extension: str
+    """``created``, ``present``, ``skipped`` or ``failed: …``."""
+    findings: list[Finding]
+    next_command: str
