@@ -1,0 +1,50 @@
+"""Object stores: the adapters behind `ports.ObjectStore`, and how a URL names one."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from dbmodule.errors import UsageError
+from dbmodule.ports import ObjectStore
+from dbmodule.storage.local import LocalStore
+from dbmodule.storage.memory import MemoryStore
+
+__all__ = ["LocalStore", "MemoryStore", "open_store"]
+
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(?=://)")
+
+
+def open_store(url: str, *, allow_memory: bool = False) -> ObjectStore:
+    """The store that `url` names; nothing is read or written yet.
+
+    A path or ``file:///path`` is a directory, which need not exist; ``memory://`` is a new, empty
+    store, for library and tests. Raises `UsageError` for anything else.
+    """
+    scheme = _SCHEME.match(url)
+    if scheme is None:
+        if not url:
+            raise UsageError("no repository is configured", hint="Set url in [repository].")
+        return LocalStore(Path(url))
+    match scheme[0].lower():
+        case "file":
+            return LocalStore(_path_of(url))
+        case "memory" if allow_memory:
+            return MemoryStore()
+        case other:
+            raise UsageError(
+                f"repository scheme {other}:// is not supported",
+                hint="Use a path or file:///path.",
+            )
+
+
+def _path_of(url: str) -> Path:
+    parts = urlsplit(url)
+    path = unquote(parts.path)
+    if parts.netloc not in ("", "localhost") or not path or parts.query or parts.fragment:
+        raise UsageError(
+            f"not the URL of a local directory: {url!r}",
+            hint="Write three slashes and an absolute path: file:///var/backups/pg.",
+        )
+    return Path(path)
