@@ -1,0 +1,1 @@
+"""Adapters that speak to a PostgreSQL server: its sessions, and servers started locally."""
