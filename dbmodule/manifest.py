@@ -1,0 +1,170 @@
+"""The manifest: the small document whose writing commits a backup.
+
+It holds everything that a person may want to read about a backup, the hash of its baseline's
+manifest (so a chain is tamper-evident), and the reference to the root of its binary tables.
+This module turns it into a JSON body and back; sealing and storing are the repository's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from dbmodule.errors import CorruptObjectError
+from dbmodule.ident import (
+    BackupId,
+    BackupType,
+    Lsn,
+    SystemId,
+    Timeline,
+    format_lsn,
+    parse_backup_id,
+    parse_lsn,
+)
+
+COMPLETED = "completed"
+COMPLETED_WITH_CORRUPTION = "completed_with_corruption"
+
+
+@dataclass(frozen=True, slots=True)
+class Root:
+    """Where the root frame is: frame 0 of this pack."""
+
+    pack: str
+    size: int
+    footer: int
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A lineage mark and where its row lies on disk (so that a stopped cluster can be asked)."""
+
+    mark: str
+    xmin: int
+    path: str
+    block: int
+    item: int
+
+
+@dataclass(frozen=True, slots=True)
+class Corruption:
+    path: str
+    block: int
+    lsn: Lsn
+    expected: int
+    actual: int
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """One committed backup."""
+
+    backup_id: BackupId
+    type: BackupType
+    cluster: str
+    baseline_id: BackupId | None
+    baseline_hash: str | None
+    status: str
+    label: str
+    job_id: int | None
+    offline: bool
+
+    system_identifier: SystemId
+    server_version: str
+    version_num: int
+    catalog_version: int
+    block_size: int
+    blocks_per_segment: int
+    wal_segment_size: int
+    data_checksums: bool
+    wal_log_hints: bool
+
+    timeline: Timeline
+    start_lsn: Lsn
+    stop_lsn: Lsn
+    history: str
+    """The timeline history file of `timeline`; empty for timeline 1."""
+    marks: tuple[Mark, ...]
+    """The lineage marks left before the start and after the stop; empty = never provable."""
+    boot_id: str
+    """The host's boot in which file identities were taken; empty = identities prove nothing."""
+    backup_label: str
+    tablespace_map: str
+    """As the server returned it: for people; a restore writes its own links."""
+    tablespaces: dict[str, str]
+    """OID → location on the source, of tablespaces outside the data directory."""
+    created_tablespaces: dict[str, str]
+    """OID → location in CREATE TABLESPACE records of the WAL that a restore replays."""
+    owner: str
+    """Operating system user who owned the data directory."""
+
+    detector: str
+    detector_reason: str
+    started_at: datetime
+    finished_at: datetime
+    files_total: int
+    files_read: int
+    files_skipped: int
+    pages_total: int
+    pages_changed: int
+    pages_stored: int
+    pages_verified: int
+    divergent_pages: int
+    hint_pages: int
+    bytes_total: int
+    bytes_read: int
+    bytes_changed: int
+    bytes_stored: int
+    wal_bytes: int
+    corruption: tuple[Corruption, ...]
+    """The first corrupt pages found, at most `MAX_LISTED`."""
+    corrupt_pages: int
+    phases: dict[str, float]
+    root: Root
+    format: int = field(default=1)
+
+    MAX_LISTED = 1000
+
+
+_LSNS = ("start_lsn", "stop_lsn")
+_TIMES = ("started_at", "finished_at")
+
+
+def to_body(manifest: Manifest) -> dict[str, Any]:
+    """The manifest as a JSON object."""
+    body = dataclasses.asdict(manifest)
+    for name in _LSNS:
+        body[name] = format_lsn(body[name])
+    for name in _TIMES:
+        body[name] = body[name].isoformat()
+    body["system_identifier"] = str(manifest.system_identifier)  # 64 bits: too wide for a double
+    body["corruption"] = [{**c, "lsn": format_lsn(c["lsn"])} for c in body["corruption"]]
+    return body
+
+
+def from_body(name: str, body: dict[str, Any]) -> Manifest:
+    """The manifest in a JSON object that came from document `name`.
+
+    Raises `CorruptObjectError` when a field is missing, unknown or malformed.
+    """
+    try:
+        values = dict(body)
+        for field_name in _LSNS:
+            values[field_name] = parse_lsn(values[field_name])
+        for field_name in _TIMES:
+            values[field_name] = datetime.fromisoformat(values[field_name])
+        values["backup_id"] = parse_backup_id(values["backup_id"])
+        if values["baseline_id"] is not None:
+            values["baseline_id"] = parse_backup_id(values["baseline_id"])
+        values["type"] = BackupType(values["type"])
+        values["system_identifier"] = SystemId(int(values["system_identifier"]))
+        values["marks"] = tuple(Mark(**mark) for mark in values["marks"])
+        values["corruption"] = tuple(
+            Corruption(**{**c, "lsn": parse_lsn(c["lsn"])}) for c in values["corruption"]
+        )
+        values["root"] = Root(**values["root"])
+        return Manifest(**values)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CorruptObjectError(f"{name}: not a valid manifest: {error}") from error

@@ -1,0 +1,95 @@
+"""Reading frames: footers and frame bytes, each checked against the hash it was stored under."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+
+import zstandard
+
+from dbmodule.errors import CorruptObjectError
+from dbmodule.ports import ObjectStore
+from dbmodule.repository.index import PackRef
+from dbmodule.repository.pack import (
+    ENCODING_RAW,
+    ENCODING_ZSTD,
+    TRAILER,
+    Footer,
+    keyed,
+    name_of,
+)
+
+_thread = threading.local()
+
+
+def _decompressor() -> zstandard.ZstdDecompressor:
+    # A zstd context may serve one thread at a time, and is worth keeping.
+    found: zstandard.ZstdDecompressor | None = getattr(_thread, "decompressor", None)
+    if found is None:
+        found = _thread.decompressor = zstandard.ZstdDecompressor()
+    return found
+
+
+class FrameReader:
+    """Frames of a repository's packs. Safe for threads; keeps a bounded number of footers."""
+
+    FOOTERS = 512
+
+    def __init__(self, store: ObjectStore, key: bytes) -> None:
+        self._store = store
+        self._key = key
+        self._footers: OrderedDict[str, Footer] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def footer(self, ref: PackRef) -> Footer:
+        """The authenticated table of contents; `CorruptObjectError`, `ObjectMissingError`."""
+        with self._lock:
+            found = self._footers.get(ref.pack)
+            if found is not None:
+                self._footers.move_to_end(ref.pack)
+                return found
+        name = name_of(ref.pack)
+        data = self._store.get(name, ref.size - TRAILER.size - ref.footer, ref.footer)
+        footer = Footer.open(ref.pack, data, self._key)
+        if footer.object_size != ref.size:
+            raise CorruptObjectError(f"{name}: is referred to with the wrong size")
+        with self._lock:
+            self._footers[ref.pack] = footer
+            while len(self._footers) > self.FOOTERS:
+                self._footers.popitem(last=False)
+        return footer
+
+    def frame(self, ref: PackRef, number: int) -> bytes:
+        """The raw bytes of one frame."""
+        footer = self.footer(ref)
+        if number >= len(footer.entries):
+            raise CorruptObjectError(f"{name_of(ref.pack)}: has no frame {number}")
+        entry = footer.entries[number]
+        stored = self._store.get(
+            name_of(ref.pack), int(footer.offsets[number]), int(entry["stored"])
+        )
+        return self.decode(footer, number, stored)
+
+    def decode(self, footer: Footer, number: int, stored: bytes | memoryview) -> bytes:
+        """Decompress frame `number` from its stored bytes and check its hash."""
+        entry = footer.entries[number]
+        length, encoding = int(entry["raw"]), int(entry["encoding"])
+        try:
+            if encoding == ENCODING_RAW:
+                raw = bytes(stored)
+            elif encoding == ENCODING_ZSTD:
+                raw = _decompressor().decompress(stored, max_output_size=length)
+            else:
+                raise CorruptObjectError(
+                    f"{name_of(footer.pack)}: frame {number} has unknown encoding {encoding}"
+                )
+        except zstandard.ZstdError as error:
+            raise CorruptObjectError(
+                f"{name_of(footer.pack)}: frame {number} cannot be decompressed: {error}"
+            ) from error
+        if len(raw) != length or keyed(self._key, raw) != footer.frame_hash(number):
+            raise CorruptObjectError(
+                f"{name_of(footer.pack)}: the bytes of frame {number} do not match their hash",
+                hint="Run `dbmodule verify` to see which backups are affected.",
+            )
+        return raw

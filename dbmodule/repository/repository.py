@@ -1,0 +1,160 @@
+"""A repository: its description, its clusters, its committed backups.
+
+    repository.json             what this is: format version, id, key for hashes
+    clusters/NAME.json          which database cluster a name stands for
+    manifests/NAME/ID.json      one per committed backup
+    packs/xx/…  index/…         see `pack` and `index`
+
+Invariant: a backup exists if and only if its manifest does.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from datetime import UTC, datetime
+
+from dbmodule.errors import (
+    BrokenChainError,
+    CorruptObjectError,
+    ObjectExistsError,
+    ObjectMissingError,
+    RepositoryError,
+    UsageError,
+    WrongClusterError,
+)
+from dbmodule.ident import BackupId, SystemId
+from dbmodule.manifest import Manifest, from_body, to_body
+from dbmodule.ports import ObjectStore
+from dbmodule.repository.document import FORMAT, seal, unseal
+from dbmodule.repository.frames import FrameReader
+from dbmodule.repository.index import PackRef
+from dbmodule.repository.pack import PackId
+from dbmodule.repository.tables import TableReader
+from dbmodule.repository.writer import FrameWriter
+
+DESCRIPTION = "repository.json"
+_CLUSTER = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
+
+
+def check_cluster_name(name: str) -> str:
+    """Cluster names become part of object names; raises `UsageError`."""
+    if _CLUSTER.fullmatch(name) is None:
+        raise UsageError(
+            f"not a cluster name: {name[:80]!r}",
+            hint="Use up to 63 lower-case letters, digits, - and _.",
+        )
+    return name
+
+
+def manifest_name(cluster: str, backup: BackupId) -> str:
+    return f"manifests/{cluster}/{backup}.json"
+
+
+class Repository:
+    """An opened repository. Safe for threads."""
+
+    def __init__(self, store: ObjectStore, repository_id: str, key: bytes) -> None:
+        self.store = store
+        self.id = repository_id
+        self.key = key
+        self.frames = FrameReader(store, key)
+
+    # -- opening --------------------------------------------------------------------------------
+
+    @classmethod
+    def create(cls, store: ObjectStore) -> Repository:
+        """Write a new repository's description; raises `ObjectExistsError` if there is one."""
+        body = {
+            "format": FORMAT,
+            "id": secrets.token_hex(16),
+            "hash_key": secrets.token_hex(32),
+            "created_at": datetime.now(UTC).isoformat(),
+        }
+        store.put_new(DESCRIPTION, [seal(body, None)])
+        return cls.open(store)
+
+    @classmethod
+    def open(cls, store: ObjectStore) -> Repository:
+        """Raises `RepositoryError` when there is none, or `FormatVersionError`."""
+        try:
+            data = store.get(DESCRIPTION)
+        except ObjectMissingError:
+            raise RepositoryError(
+                f"there is no repository at {store.url}",
+                hint="Create one with `dbmodule init`, or check the URL.",
+            ) from None
+        body, _ = unseal(DESCRIPTION, data, None)
+        try:
+            return cls(store, body["id"], bytes.fromhex(body["hash_key"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise CorruptObjectError(f"{DESCRIPTION}: not a valid description") from error
+
+    # -- clusters -------------------------------------------------------------------------------
+
+    def bind(self, cluster: str, system_identifier: SystemId) -> None:
+        """Tie a cluster name to a database cluster, or check that it is tied to this one."""
+        name = f"clusters/{check_cluster_name(cluster)}.json"
+        body = {"format": FORMAT, "system_identifier": str(system_identifier)}
+        try:
+            self.store.put_new(name, [seal(body, self.key)])
+        except ObjectExistsError:
+            bound, _ = unseal(name, self.store.get(name), self.key)
+            if bound.get("system_identifier") != str(system_identifier):
+                raise WrongClusterError(
+                    f"cluster name {cluster!r} in {self.store.url} stands for the database cluster"
+                    f" with system identifier {bound.get('system_identifier')},"
+                    f" not for {system_identifier}",
+                    hint="Choose another name with --cluster, or another repository.",
+                ) from None
+
+    # -- backups --------------------------------------------------------------------------------
+
+    def manifest(self, cluster: str, backup: BackupId) -> tuple[Manifest, str]:
+        """A manifest and its hash; `ObjectMissingError`, `CorruptObjectError`."""
+        name = manifest_name(check_cluster_name(cluster), backup)
+        body, digest = unseal(name, self.store.get(name), self.key)
+        manifest = from_body(name, body)
+        if manifest.backup_id != backup or manifest.cluster != cluster:
+            raise CorruptObjectError(f"{name}: holds the manifest of another backup")
+        return manifest, digest
+
+    def manifests(self, cluster: str) -> dict[BackupId, Manifest]:
+        """All committed backups of a cluster, oldest first."""
+        prefix = f"manifests/{check_cluster_name(cluster)}/"
+        found = {}
+        for name in self.store.list(prefix):
+            backup = BackupId(name.removeprefix(prefix).removesuffix(".json"))
+            found[backup] = self.manifest(cluster, backup)[0]
+        return found
+
+    def check_chain(self, chain: list[Manifest]) -> list[str]:
+        """The manifests' hashes, after proving that each names its baseline's.
+
+        Raises `BrokenChainError` when a baseline was replaced since its dependent was taken.
+        """
+        hashes: list[str] = []
+        for manifest in chain:
+            _, digest = self.manifest(manifest.cluster, manifest.backup_id)
+            if hashes and manifest.baseline_hash != hashes[-1]:
+                raise BrokenChainError(
+                    f"backup {manifest.baseline_id} is not the one that {manifest.backup_id}"
+                    " was built on: its manifest has changed",
+                    hint="Restore a backup of another chain, and run `dbmodule verify`.",
+                )
+            hashes.append(digest)
+        return hashes
+
+    def commit(self, manifest: Manifest) -> str:
+        """Write the manifest: from now on the backup exists. Gives the manifest's hash."""
+        name = manifest_name(manifest.cluster, manifest.backup_id)
+        data = seal(to_body(manifest), self.key)
+        self.store.put_new(name, [data])
+        return unseal(name, data, self.key)[1]
+
+    def tables(self, manifest: Manifest) -> TableReader:
+        root = manifest.root
+        return TableReader(self.frames, PackRef(PackId(root.pack), root.size, root.footer))
+
+    def writer(self, compression_level: int) -> FrameWriter:
+        return FrameWriter(self.store, self.key, self.frames, compression_level)

@@ -1,0 +1,273 @@
+"""Tables: the file table, page maps and registry of a backup, columnar, in frames.
+
+A table is cut into groups of a fixed number of rows; a group is one frame that holds its columns
+one after the other. So a slice of a huge table is read at the cost of the groups it touches, and
+a group that is equal to one of an earlier backup is stored once. The *root* frame, JSON, lists
+every table's groups and the pack table that all references of the backup are relative to.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dbmodule.delta import EXTENT
+from dbmodule.errors import CorruptObjectError, FormatVersionError
+from dbmodule.registry import HASH, MARK, EntryFlag, EntryKind, FileIdentity
+from dbmodule.repository.document import FORMAT
+from dbmodule.repository.frames import FrameReader
+from dbmodule.repository.index import PackRef
+from dbmodule.repository.pack import PackId
+from dbmodule.repository.writer import FrameWriter
+
+FILE = np.dtype(
+    [
+        ("kind", "u1"),
+        ("flags", "u1"),
+        ("mode", "<u2"),
+        ("size", "<u8"),
+        ("mtime", "<i8"),
+        ("ctime", "<i8"),
+        ("inode", "<u8"),
+        ("device", "<u8"),
+        ("first_extent", "<u8"),
+        ("extents", "<u4"),
+        ("first_print", "<u8"),
+        ("prints", "<u4"),
+    ]
+)
+"""Fixed columns of the file table; path and link target follow as text."""
+
+GROUP_ROWS = {"files": 4096, "extents": 16384, "marks": 16384, "hashes": 16384}
+DTYPES = {
+    "extents": EXTENT,
+    "marks": MARK,
+    "hashes": np.dtype([("hash", HASH)]),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """A row of the file table: one file, directory or link of the data directory."""
+
+    path: str
+    kind: EntryKind
+    flags: EntryFlag
+    mode: int
+    size: int
+    identity: FileIdentity
+    target: str = ""
+    """Of a symbolic link."""
+    first_extent: int = 0
+    extents: int = 0
+    first_print: int = 0
+    """Row of the marks (RELATION) or hashes (CONTENT) of the blocks in the extents."""
+    prints: int = 0
+
+
+def _columns(rows: NDArray[Any]) -> bytes:
+    """Structured rows as columns, one after the other."""
+    names = rows.dtype.names
+    assert names is not None
+    return b"".join([np.ascontiguousarray(rows[name]).tobytes() for name in names])
+
+
+def _rows(data: bytes, dtype: np.dtype[Any], count: int) -> NDArray[Any]:
+    out = np.empty(count, dtype)
+    offset = 0
+    assert dtype.names is not None
+    for name in dtype.names:
+        column = np.frombuffer(data, dtype[name], count, offset)
+        out[name] = column
+        offset += column.nbytes
+    return out
+
+
+def _encode_files(entries: Sequence[FileEntry]) -> bytes:
+    rows = np.array(
+        [
+            (
+                e.kind,
+                e.flags,
+                e.mode,
+                e.size,
+                e.identity.mtime_ns,
+                e.identity.ctime_ns,
+                e.identity.inode,
+                e.identity.device,
+                e.first_extent,
+                e.extents,
+                e.first_print,
+                e.prints,
+            )
+            for e in entries
+        ],
+        FILE,
+    )
+    texts = [e.path.encode("utf-8", "surrogateescape") for e in entries]
+    texts += [e.target.encode("utf-8", "surrogateescape") for e in entries]
+    lengths = np.array([len(text) for text in texts], "<u4")
+    return _columns(rows) + lengths.tobytes() + b"".join(texts)
+
+
+def _decode_files(data: bytes, count: int) -> list[FileEntry]:
+    rows = _rows(data, FILE, count).tolist()
+    start = count * FILE.itemsize
+    lengths = np.frombuffer(data, "<u4", 2 * count, start)
+    ends = start + lengths.nbytes + np.cumsum(lengths, dtype=np.int64)
+    texts = [
+        data[end - length : end].decode("utf-8", "surrogateescape")
+        for end, length in zip(ends.tolist(), lengths.tolist(), strict=True)
+    ]
+    return [
+        FileEntry(
+            path,
+            EntryKind(row[0]),
+            EntryFlag(row[1]),
+            row[2],
+            row[3],
+            FileIdentity(row[3], row[4], row[5], row[6], row[7]),
+            target,
+            *row[8:],
+        )
+        for row, path, target in zip(rows, texts[:count], texts[count:], strict=True)
+    ]
+
+
+class TableWriter:
+    """Collects a backup's rows and stores each group as soon as it is full."""
+
+    def __init__(self, frames: FrameWriter) -> None:
+        self._frames = frames
+        self._files: list[FileEntry] = []
+        self._pending: dict[str, list[NDArray[Any]]] = {name: [] for name in DTYPES}
+        self._waiting = dict.fromkeys(DTYPES, 0)
+        self._groups: dict[str, list[tuple[int, int]]] = {name: [] for name in GROUP_ROWS}
+        self.rows = dict.fromkeys(GROUP_ROWS, 0)
+
+    def add_file(self, entry: FileEntry) -> None:
+        self._files.append(entry)
+        self.rows["files"] += 1
+        if len(self._files) == GROUP_ROWS["files"]:
+            self._flush_files()
+
+    def add(self, table: str, rows: NDArray[Any]) -> int:
+        """Append rows to a table and give the number of the first of them."""
+        first = self.rows[table]
+        if len(rows):
+            self._pending[table].append(rows.view(DTYPES[table]))
+            self._waiting[table] += len(rows)
+            self.rows[table] += len(rows)
+            self._flush(table, whole_groups=True)
+        return first
+
+    def _flush_files(self) -> None:
+        if self._files:
+            self._groups["files"].append(self._frames.store_frame(_encode_files(self._files)))
+            self._files = []
+
+    def _flush(self, table: str, *, whole_groups: bool) -> None:
+        size = GROUP_ROWS[table]
+        if self._waiting[table] < (size if whole_groups else 1):
+            return
+        rows = np.concatenate(self._pending[table])
+        stop = len(rows) - len(rows) % size if whole_groups else len(rows)
+        for start in range(0, stop, size):
+            group = _columns(rows[start : min(start + size, stop)])
+            self._groups[table].append(self._frames.store_frame(group))
+        self._pending[table] = [rows[stop:]]
+        self._waiting[table] = len(rows) - stop
+
+    def finish(self) -> dict[str, Any]:
+        """Store what is left and give the root's description of all tables."""
+        self._flush_files()
+        for table in DTYPES:
+            self._flush(table, whole_groups=False)
+        return {
+            name: {
+                "rows": self.rows[name],
+                "group_rows": GROUP_ROWS[name],
+                "groups": self._groups[name],
+            }
+            for name in GROUP_ROWS
+        }
+
+
+def encode_root(tables: dict[str, Any], packs: Sequence[PackRef]) -> bytes:
+    """The root frame: tables and pack table, JSON."""
+    body = {
+        "format": FORMAT,
+        "tables": tables,
+        "packs": [[p.pack, p.size, p.footer] for p in packs],
+    }
+    return json.dumps(body, separators=(",", ":")).encode()
+
+
+class TableReader:
+    """The tables of one committed backup. Safe for threads; caches a bounded number of groups."""
+
+    GROUPS = 64
+
+    def __init__(self, frames: FrameReader, root: PackRef) -> None:
+        self._frames = frames
+        body = json.loads(frames.frame(root, 0))
+        if body.get("format") != FORMAT:
+            raise FormatVersionError(f"table format {body.get('format')!r} is not known")
+        self.packs = [PackRef(PackId(p), size, footer) for p, size, footer in body["packs"]]
+        self._tables: dict[str, dict[str, Any]] = body["tables"]
+        self._cache: OrderedDict[tuple[str, int], NDArray[Any]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def rows(self, table: str) -> int:
+        return int(self._tables[table]["rows"])
+
+    def _group_bytes(self, table: str, group: int) -> bytes:
+        pack, frame = self._tables[table]["groups"][group]
+        return self._frames.frame(self.packs[pack], frame)
+
+    def files(self) -> Iterator[FileEntry]:
+        """All rows of the file table, in order."""
+        left = self.rows("files")
+        size = int(self._tables["files"]["group_rows"])
+        for group in range(len(self._tables["files"]["groups"])):
+            count = min(size, left)
+            yield from _decode_files(self._group_bytes("files", group), count)
+            left -= count
+        if left:
+            raise CorruptObjectError("the file table has fewer rows than it states")
+
+    def _group(self, table: str, group: int) -> NDArray[Any]:
+        with self._lock:
+            found = self._cache.get((table, group))
+            if found is not None:
+                self._cache.move_to_end((table, group))
+                return found
+        size = int(self._tables[table]["group_rows"])
+        count = min(size, self.rows(table) - group * size)
+        rows = _rows(self._group_bytes(table, group), DTYPES[table], count)
+        with self._lock:
+            self._cache[table, group] = rows
+            while len(self._cache) > self.GROUPS:
+                self._cache.popitem(last=False)
+        return rows
+
+    def slice(self, table: str, first: int, count: int) -> NDArray[Any]:
+        """Rows ``[first, first + count)`` of a table."""
+        if count == 0:
+            return np.empty(0, DTYPES[table])
+        if first + count > self.rows(table):
+            raise CorruptObjectError(f"table {table} has no row {first + count - 1}")
+        size = int(self._tables[table]["group_rows"])
+        parts = []
+        for group in range(first // size, (first + count - 1) // size + 1):
+            start = group * size
+            rows = self._group(table, group)
+            parts.append(rows[max(first - start, 0) : first + count - start])
+        return np.concatenate(parts) if len(parts) > 1 else parts[0]

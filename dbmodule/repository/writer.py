@@ -1,0 +1,269 @@
+"""Writing frames: deduplicate, compress, collect into packs, upload in the background.
+
+Order of durability: packs first, then an index segment over them, and only then may a manifest
+refer to them. A crash leaves packs and segments that no manifest needs; the next backup finds
+their frames in the index, so interrupted work is not lost.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import zstandard
+
+from dbmodule.delta import FRAME_PAGES, REF, Refs
+from dbmodule.errors import ObjectExistsError, ObjectMissingError, RepositoryError
+from dbmodule.ident import PAGE_SIZE
+from dbmodule.ports import Buffer, ObjectStore
+from dbmodule.registry import HASH_BYTES
+from dbmodule.repository import index
+from dbmodule.repository.frames import FrameReader
+from dbmodule.repository.index import ContentIndex, PackRef
+from dbmodule.repository.pack import (
+    ENCODING_RAW,
+    ENCODING_ZSTD,
+    MAX_FRAMES,
+    Footer,
+    PackBuilder,
+    keyed,
+    name_of,
+    page_slices,
+)
+
+Ref = tuple[int, int, int]
+"""Pack (row of this backup's pack table), frame, slot."""
+
+
+@dataclass(slots=True)
+class WriteCounts:
+    frames_stored: int = 0
+    pages_stored: int = 0
+    bytes_stored: int = 0
+
+
+class FrameWriter:
+    """The storage engine's intake for one backup. `store_*` may be called from many threads."""
+
+    PACK_BYTES = 32 << 20
+    UPLOADS = 2
+    INDEX_ENTRIES = 1 << 20
+    """A segment is written whenever this many new entries have become durable."""
+    RECENT = 1 << 17
+    """Bound on the frames and pages of this very backup that are remembered for deduplication."""
+
+    def __init__(self, store: ObjectStore, key: bytes, reader: FrameReader, level: int) -> None:
+        self._store = store
+        self._key = key
+        self._reader = reader
+        self._level = level
+        self._index = ContentIndex(store)
+        self._lock = threading.Lock()
+        self._local = threading.local()
+        self._builder = PackBuilder()
+        self._ordinal: int | None = None
+        self._packs: list[PackRef | None] = []
+        self._ordinals: dict[str, int] = {}
+        self._recent: OrderedDict[tuple[bytes, bool], Ref] = OrderedDict()
+        self._uploads = ThreadPoolExecutor(self.UPLOADS, thread_name_prefix="upload")
+        self._slots = threading.BoundedSemaphore(self.UPLOADS + 1)
+        self._pending: list[Future[Footer]] = []
+        self._unindexed: list[Footer] = []
+        self.counts = WriteCounts()
+
+    # -- intake ---------------------------------------------------------------------------------
+
+    def store_frame(self, raw: Buffer) -> tuple[int, int]:
+        """Store up to 256 kB as one frame, unless it is there; gives (pack, frame)."""
+        digest = keyed(self._key, raw)
+        known = self._find(digest[:HASH_BYTES], whole=True)
+        if known is None:
+            known = self._append(raw, digest, b"")
+        return known[0], known[1]
+
+    def store_run(self, pages: Buffer) -> Refs:
+        """Store up to 32 pages that belong together, found again only as a whole."""
+        pack, frame = self.store_frame(pages)
+        count = -(-len(pages) // PAGE_SIZE)
+        refs = np.empty(count, REF)
+        refs["pack"], refs["frame"], refs["slot"] = pack, frame, np.arange(count)
+        return refs
+
+    def hashes(self, pages: Buffer) -> list[bytes]:
+        """The 16-byte hash of each 8 kB chunk; the last chunk may be shorter."""
+        view = memoryview(pages).cast("B")
+        return [keyed(self._key, view[part], HASH_BYTES) for part in page_slices(len(view))]
+
+    def store_pages(self, pages: Buffer, hashes: Sequence[bytes]) -> Refs:
+        """Store each of these chunks unless it is there already; one reference per chunk.
+
+        Chunks that are new are gathered into frames of up to 32; only the last may be shorter
+        than 8 kB.
+        """
+        view = memoryview(pages).cast("B")
+        parts = page_slices(len(view))
+        refs = np.empty(len(parts), REF)
+        new: list[int] = []
+        for number, digest in enumerate(hashes):
+            known = self._find(digest, whole=False)
+            if known is None:
+                new.append(number)
+            else:
+                refs[number] = known
+        for start in range(0, len(new), FRAME_PAGES):
+            batch = new[start : start + FRAME_PAGES]
+            if batch[-1] - batch[0] == len(batch) - 1:
+                raw: Buffer = view[parts[batch[0]].start : parts[batch[-1]].stop]
+            else:
+                raw = b"".join([view[parts[number]] for number in batch])
+            joined = b"".join([hashes[number] for number in batch])
+            pack, frame, _ = self._append(raw, keyed(self._key, raw), joined)
+            for slot, number in enumerate(batch):
+                refs[number] = (pack, frame, slot)
+        return refs
+
+    # -- deduplication --------------------------------------------------------------------------
+
+    def _find(self, digest: bytes, *, whole: bool) -> Ref | None:
+        with self._lock:
+            recent = self._recent.get((digest, whole))
+        if recent is not None:
+            return recent
+        hit = self._index.find(digest, whole=whole)
+        if hit is None:
+            return None
+        try:
+            footer = self._reader.footer(hit.pack)
+        except (ObjectMissingError, RepositoryError):
+            return None  # a stale index: what it promises is not there, so the page is stored
+        if hit.frame >= len(footer.entries):
+            return None
+        if whole:
+            confirmed: bytes | None = footer.frame_hash(hit.frame)[:HASH_BYTES]
+        else:
+            confirmed = footer.page_hash(hit.frame, hit.slot)
+        if confirmed != digest:
+            return None
+        with self._lock:
+            ordinal = self._ordinals.get(hit.pack.pack)
+            if ordinal is None:
+                ordinal = self._ordinals[hit.pack.pack] = len(self._packs)
+                self._packs.append(hit.pack)
+        return ordinal, hit.frame, 0 if whole else hit.slot
+
+    # -- packs ----------------------------------------------------------------------------------
+
+    def _compress(self, raw: Buffer) -> tuple[Buffer, int]:
+        compressor: zstandard.ZstdCompressor | None = getattr(self._local, "compressor", None)
+        if compressor is None:
+            compressor = self._local.compressor = zstandard.ZstdCompressor(level=self._level)
+        packed = compressor.compress(raw)
+        if len(packed) < len(raw):
+            return packed, ENCODING_ZSTD
+        return bytes(raw), ENCODING_RAW
+
+    def _append(self, raw: Buffer, digest: bytes, hashes: bytes) -> Ref:
+        stored, encoding = self._compress(raw)
+        full: tuple[int, PackBuilder] | None = None
+        with self._lock:
+            if self._ordinal is None:
+                self._ordinal = len(self._packs)
+                self._packs.append(None)
+            ordinal = self._ordinal
+            frame = self._builder.add(stored, len(raw), encoding, digest, hashes)
+            self.counts.frames_stored += 1
+            self._remember(digest[:HASH_BYTES], True, (ordinal, frame, 0))
+            for slot in range(len(hashes) // HASH_BYTES):
+                page = hashes[slot * HASH_BYTES : (slot + 1) * HASH_BYTES]
+                self._remember(page, False, (ordinal, frame, slot))
+            if self._builder.size >= self.PACK_BYTES or len(self._builder) >= MAX_FRAMES:
+                full = ordinal, self._take_builder()
+        if full is not None:
+            self._upload(*full)
+        return ordinal, frame, 0
+
+    def _remember(self, digest: bytes, whole: bool, ref: Ref) -> None:
+        self._recent[digest, whole] = ref
+        if len(self._recent) > self.RECENT:
+            self._recent.popitem(last=False)
+
+    def _take_builder(self) -> PackBuilder:
+        builder, self._builder, self._ordinal = self._builder, PackBuilder(), None
+        return builder
+
+    def _upload(self, ordinal: int, builder: PackBuilder) -> None:
+        # The semaphore bounds the packs in memory: whoever fills one while others are still on
+        # their way waits here.
+        self._slots.acquire()
+        try:
+            self._raise_failed()
+            future = self._uploads.submit(self._put, ordinal, builder)
+        except BaseException:
+            self._slots.release()
+            raise
+        with self._lock:
+            self._pending.append(future)
+
+    def _put(self, ordinal: int, builder: PackBuilder) -> Footer:
+        try:
+            chunks, footer = builder.seal(self._key)
+            name = name_of(footer.pack)
+            try:
+                self._store.put_new(name, chunks)
+            except ObjectExistsError:
+                # The same frames in the same order: a run before this one wrote them.
+                if self._store.size(name) != footer.object_size:
+                    raise
+            with self._lock:
+                self._packs[ordinal] = PackRef(footer.pack, footer.object_size, footer.length)
+                self._unindexed.append(footer)
+                self.counts.bytes_stored += footer.object_size
+            return footer
+        finally:
+            self._slots.release()
+
+    def _raise_failed(self) -> None:
+        with self._lock:
+            done = [future for future in self._pending if future.done()]
+            self._pending = [future for future in self._pending if not future.done()]
+        for future in done:
+            future.result()
+        self._write_index(at_least=self.INDEX_ENTRIES)
+
+    def _write_index(self, at_least: int) -> None:
+        with self._lock:
+            entries = sum(len(f.entries) + len(f.page_hashes) for f in self._unindexed)
+            if not self._unindexed or entries < at_least:
+                return
+            footers, self._unindexed = self._unindexed, []
+        name, chunks = index.encode(footers, self._key)
+        try:
+            size = self._store.put_new(name, chunks)
+        except ObjectExistsError:
+            return
+        with self._lock:
+            self.counts.bytes_stored += size
+
+    def flush(self) -> list[PackRef]:
+        """Make everything durable and give the pack table: references' first member is its row."""
+        with self._lock:
+            last = None if self._ordinal is None else (self._ordinal, self._take_builder())
+        if last is not None:
+            self._upload(*last)
+        with self._lock:
+            pending = list(self._pending)
+        for future in pending:
+            future.result()
+        self._write_index(at_least=1)
+        with self._lock:
+            packs = [pack for pack in self._packs if pack is not None]
+            if len(packs) != len(self._packs):
+                raise RepositoryError("a pack was not stored")  # pragma: no cover
+        return packs
+
+    def close(self) -> None:
+        self._uploads.shutdown(wait=True, cancel_futures=True)
