@@ -277,19 +277,18 @@ class LocalCluster:
         command = [str(self.bindir / "postgres"), "-D", str(self.datadir)]
         for name, value in settings.items():
             command += ["-c", f"{name}={value}"]
-        with self.log_path.open("ab") as log:
-            # A session of its own keeps an interrupt typed at our terminal away from the server.
-            with self._refusal_explained():
-                self._process = subprocess.Popen(
-                    command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    cwd="/",
-                    env=self._environment(),
-                    start_new_session=True,
-                    **_identity(self.os_user),
-                )
+        # A session of its own keeps an interrupt typed at our terminal away from the server.
+        with self.log_path.open("ab") as log, self._refusal_explained():
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd="/",
+                env=self._environment(),
+                start_new_session=True,
+                **_identity(self.os_user),
+            )
         if wait:
             self.wait_ready(timeout)
 

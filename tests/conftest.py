@@ -1,0 +1,5 @@
+"""Names the plugins that hold the fixtures; see each of them for what it offers."""
+
+from __future__ import annotations
+
+pytest_plugins = ["tests.fix_ci", "tests.fix_cluster"]
