@@ -1,0 +1,33 @@
+# Every target sets up what it needs first; `make help` lists them.
+BIN := .venv/bin
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all check clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
+
+demo: ## back up, change, back up again and restore an embedded PostgreSQL 18
+	@scripts/bootstrap demo
+	@$(BIN)/dbmodule demo $(DEMO_ARGS)
+
+test: ## run all tests on PostgreSQL 15, 17 and 18 (PYTEST_ARGS="--pg 18 -k name")
+	@scripts/bootstrap test
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-all: ## run all tests in every configuration of the servers
+	@scripts/bootstrap test
+	@$(BIN)/python -m pytest --matrix full $(PYTEST_ARGS)
+
+check: ## lint, formatting, types and layers
+	@scripts/bootstrap test
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+clean: ## remove what was built and installed here
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -path ./.git -prune -o \( -name __pycache__ -o -name '_kernel*.so' \) -prune -exec rm -rf {} +
