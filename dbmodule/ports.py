@@ -12,6 +12,7 @@ from datetime import datetime
 from typing import Any, Protocol
 
 from dbmodule.ident import BackupId, BackupType, Lsn, SystemId, Timeline
+from dbmodule.registry import FileIdentity
 
 Buffer = bytes | bytearray | memoryview
 
@@ -123,6 +124,11 @@ class LineageMark:
     """32 lower-case hexadecimal digits."""
     xmin: int
     """The full 64-bit id of the transaction that wrote the row."""
+    path: str = ""
+    """File of the table's first segment, relative to the data directory."""
+    block: int = 0
+    item: int = 0
+    """With `block`, the row's ``ctid``: a stopped cluster is asked by reading the page itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +160,63 @@ class BackupRecord:
     """64 hexadecimal digits."""
 
 
+@dataclass(frozen=True, slots=True)
+class SourceEntry:
+    """One thing that was listed in a data directory."""
+
+    path: str
+    """Relative, POSIX; tablespaces through their link: ``pg_tblspc/16400/PG_…``."""
+    kind: str
+    """``file``, ``directory`` or ``symlink``."""
+    mode: int
+    size: int = 0
+    target: str = ""
+    """Of a symbolic link."""
+
+
+class SourceFile(Protocol):
+    """A file of the data directory, open for reading while the server may change it."""
+
+    mode: int
+
+    def identity(self) -> FileIdentity:
+        """``fstat`` of the open descriptor."""
+        ...
+
+    def read_into(self, buffer: memoryview, offset: int) -> int:
+        """Fill `buffer` from `offset` on; fewer bytes only at the file's end. `SourceError`."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class DataDirectory(Protocol):
+    """A data directory, as files: no decisions."""
+
+    path: str
+
+    def walk(self) -> Iterator[SourceEntry]:
+        """Everything that a backup has to look at, parents before children; lazily.
+
+        Links are followed once where PostgreSQL makes them (tablespaces); of a tablespace only
+        `version_directory` is listed. Any other link raises `SourceError`. What vanishes while
+        listing is left out.
+        """
+        ...
+
+    def open(self, path: str) -> SourceFile | None:
+        """None when it is not there (any more)."""
+        ...
+
+    def read(self, path: str) -> bytes | None:
+        """A small file in one call; None when it is not there."""
+        ...
+
+    def owner(self) -> str:
+        """Name of the operating system user who owns the directory."""
+        ...
+
+
 class Catalog(Protocol):
     """The extension's tables, through short transactions of their own."""
 
@@ -179,17 +242,23 @@ class Job:
     baseline_id: BackupId | None
     label: str
     detect: str
+    attempts: int = 1
+    """How often it was claimed, this time included; above 1 its backup may exist already."""
 
 
 class JobQueue(Protocol):
     """The table ``dbmodule.job``: the truth, of which NOTIFY is only a hint.
 
     All methods raise `ServerError` when the server cannot be reached; the caller reconnects and
-    asks again, and no job is lost or done twice.
+    asks again, and no job is lost or done twice. `progress`, `complete` and `fail` raise
+    `LockedError` when the job is no longer this agent's.
     """
 
     def become_agent(self, agent: str) -> bool:
-        """Take the cluster-wide agent lock for this session; False when another holds it."""
+        """Take the agent lock for this session; False when another holds it.
+
+        `agent` must be unique among agents that run at one time (host name and process id).
+        """
         ...
 
     def recover(self) -> list[Job]:
@@ -210,7 +279,9 @@ class JobQueue(Protocol):
         """`error` is ``DbmoduleError.as_dict()``."""
         ...
 
-    def requeue(self, job_id: int) -> None: ...
+    def requeue(self, job_id: int) -> None:
+        """Put a running job back to where it was in the queue."""
+        ...
 
     def close(self) -> None: ...
 

@@ -48,6 +48,8 @@ class EntryFlag(IntFlag):
     """Extents and fingerprints overlay those of the same path in the baseline."""
     WAL = 4
     """A WAL segment or history file that makes this backup self-contained."""
+    UNCHANGED = 8
+    """With OVERLAY: neither length nor bytes differ from the baseline's."""
 
 
 @dataclass(frozen=True, slots=True)

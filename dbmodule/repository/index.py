@@ -134,7 +134,9 @@ class _Segment:
         if len(data) < HEADER.size + count * PACK.itemsize:
             raise CorruptObjectError(f"{name}: cut off")
         rows = np.frombuffer(data, PACK, count, HEADER.size)
-        return [PackRef(PackId(bytes(r["id"]).hex()), int(r["size"]), int(r["footer"])) for r in rows]
+        return [
+            PackRef(PackId(bytes(r["id"]).hex()), int(r["size"]), int(r["footer"])) for r in rows
+        ]
 
     def shard_of(self, first_byte: int) -> int:
         return 0 if self.entries <= self.SMALL else first_byte
@@ -188,4 +190,3 @@ class ContentIndex:
                     return Hit(pack, place >> 8, place & 0xFF)
                 row += 1
         return None
-

@@ -127,7 +127,10 @@ class Footer:
 
     @classmethod
     def parse(cls, pack: PackId, data: bytes) -> Footer:
-        """Read the footer of `pack`, whose hash was checked; raises `CorruptObjectError` when its parts do not add up."""
+        """Read the footer of `pack`, whose hash was checked.
+
+        Raises `CorruptObjectError` when its parts do not add up.
+        """
         if len(data) < FOOTER.size:
             raise CorruptObjectError("a pack's footer is too short")
         frames, hashes, body_length, body_hash = FOOTER.unpack_from(data)

@@ -74,16 +74,14 @@ class FileEntry:
 
 def _columns(rows: NDArray[Any]) -> bytes:
     """Structured rows as columns, one after the other."""
-    names = rows.dtype.names
-    assert names is not None
+    names = rows.dtype.names or ()
     return b"".join([np.ascontiguousarray(rows[name]).tobytes() for name in names])
 
 
 def _rows(data: bytes, dtype: np.dtype[Any], count: int) -> NDArray[Any]:
     out = np.empty(count, dtype)
     offset = 0
-    assert dtype.names is not None
-    for name in dtype.names:
+    for name in dtype.names or ():
         column = np.frombuffer(data, dtype[name], count, offset)
         out[name] = column
         offset += column.nbytes

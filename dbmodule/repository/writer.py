@@ -7,6 +7,7 @@ their frames in the index, so interrupted work is not lost.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -43,7 +44,10 @@ Ref = tuple[int, int, int]
 class WriteCounts:
     frames_stored: int = 0
     pages_stored: int = 0
+    bytes_compressed: int = 0
+    """Of all frames so far, durable or not."""
     bytes_stored: int = 0
+    """Of all objects that are durable."""
 
 
 class FrameWriter:
@@ -77,21 +81,28 @@ class FrameWriter:
 
     # -- intake ---------------------------------------------------------------------------------
 
-    def store_frame(self, raw: Buffer) -> tuple[int, int]:
-        """Store up to 256 kB as one frame, unless it is there; gives (pack, frame)."""
+    def store_frame(self, raw: Buffer, pages: int = 0) -> tuple[int, int]:
+        """Store up to 256 kB as one frame, unless it is there; gives (pack, frame).
+
+        `pages` is how many pages of the data directory that is, for the counts.
+        """
         digest = keyed(self._key, raw)
         known = self._find(digest[:HASH_BYTES], whole=True)
         if known is None:
-            known = self._append(raw, digest, b"")
+            known = self._append(raw, digest, b"", pages)
         return known[0], known[1]
 
     def store_run(self, pages: Buffer) -> Refs:
         """Store up to 32 pages that belong together, found again only as a whole."""
-        pack, frame = self.store_frame(pages)
         count = -(-len(pages) // PAGE_SIZE)
+        pack, frame = self.store_frame(pages, count)
         refs = np.empty(count, REF)
         refs["pack"], refs["frame"], refs["slot"] = pack, frame, np.arange(count)
         return refs
+
+    def digest(self, raw: Buffer) -> bytes:
+        """The hash, 32 bytes, that a frame of these bytes has."""
+        return keyed(self._key, raw)
 
     def hashes(self, pages: Buffer) -> list[bytes]:
         """The 16-byte hash of each 8 kB chunk; the last chunk may be shorter."""
@@ -121,7 +132,7 @@ class FrameWriter:
             else:
                 raw = b"".join([view[parts[number]] for number in batch])
             joined = b"".join([hashes[number] for number in batch])
-            pack, frame, _ = self._append(raw, keyed(self._key, raw), joined)
+            pack, frame, _ = self._append(raw, keyed(self._key, raw), joined, len(batch))
             for slot, number in enumerate(batch):
                 refs[number] = (pack, frame, slot)
         return refs
@@ -166,7 +177,7 @@ class FrameWriter:
             return packed, ENCODING_ZSTD
         return bytes(raw), ENCODING_RAW
 
-    def _append(self, raw: Buffer, digest: bytes, hashes: bytes) -> Ref:
+    def _append(self, raw: Buffer, digest: bytes, hashes: bytes, pages: int) -> Ref:
         stored, encoding = self._compress(raw)
         full: tuple[int, PackBuilder] | None = None
         with self._lock:
@@ -176,6 +187,8 @@ class FrameWriter:
             ordinal = self._ordinal
             frame = self._builder.add(stored, len(raw), encoding, digest, hashes)
             self.counts.frames_stored += 1
+            self.counts.pages_stored += pages
+            self.counts.bytes_compressed += len(stored)
             self._remember(digest[:HASH_BYTES], True, (ordinal, frame, 0))
             for slot in range(len(hashes) // HASH_BYTES):
                 page = hashes[slot * HASH_BYTES : (slot + 1) * HASH_BYTES]
@@ -264,6 +277,30 @@ class FrameWriter:
             if len(packs) != len(self._packs):
                 raise RepositoryError("a pack was not stored")  # pragma: no cover
         return packs
+
+    def store_root(self, raw: bytes) -> PackRef:
+        """Store the root frame in a pack of its own: it lists all others, so it comes last."""
+        builder = PackBuilder()
+        stored, encoding = self._compress(raw)
+        builder.add(stored, len(raw), encoding, keyed(self._key, raw), b"")
+        chunks, footer = builder.seal(self._key)
+        with contextlib.suppress(ObjectExistsError):
+            self.counts.bytes_stored += self._store.put_new(name_of(footer.pack), chunks)
+        return PackRef(footer.pack, footer.object_size, footer.length)
+
+    def check_references(self) -> None:
+        """Are the packs that earlier backups wrote and this one refers to still there, whole?
+
+        Raises `RepositoryError`; to be asked after `flush` and before the manifest is written.
+        """
+        for pack in self._packs:
+            if pack is not None and pack.pack in self._ordinals:
+                name = name_of(pack.pack)
+                if self._store.size(name) != pack.size:
+                    raise RepositoryError(
+                        f"{name} does not have the size that it was written with",
+                        hint="Run `dbmodule verify`; a full backup into a new repository is safe.",
+                    )
 
     def close(self) -> None:
         self._uploads.shutdown(wait=True, cancel_futures=True)

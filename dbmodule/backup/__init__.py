@@ -1,0 +1,1 @@
+"""Taking a backup: the protocol, the reading of files, the choice of a baseline."""

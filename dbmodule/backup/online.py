@@ -1,0 +1,156 @@
+"""The protocol for a running server.
+
+The order is what makes it correct: lineage mark, WAL reserved, start, files, ``pg_control`` last,
+stop, second mark, WAL stored and checked, everything durable, and the manifest at the very end.
+Until then the backup does not exist, and whatever an error leaves behind is unreferenced.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import replace
+
+from dbmodule.backup import baseline as ancestry
+from dbmodule.backup import walfiles
+from dbmodule.backup.copier import CopySettings
+from dbmodule.backup.steps import Copied, Run, position_of, read_control_file
+from dbmodule.errors import RefusedError, ServerError, WrongClusterError
+from dbmodule.ident import PAGE_SIZE, Lsn
+from dbmodule.manifest import Manifest, Mark
+from dbmodule.ports import LineageMark, ServerIdentity
+from dbmodule.repository.tables import TableWriter
+
+_LABEL_TIMELINE = re.compile(r"^START TIMELINE: (\d+)$", re.MULTILINE)
+
+
+class Online(Run):
+    """The protocol for a running server."""
+
+    def take(self) -> Manifest:
+        server = self.env.server
+        if server is None:
+            raise ServerError(
+                "no running server to back up",
+                hint="Start it, or back the stopped directory up with --offline.",
+            )
+        with self.phases("prepare"):
+            identity = server.identify()
+            self._check_server(identity)
+            self._check_directory(identity)
+            self.env.repository.bind(self.env.cluster, identity.system_identifier)
+            chain = self.choose()
+            if chain:
+                ancestry.check_cluster(chain[-1], position_of(identity, Lsn(0), ""))
+            server.lock()
+            first_mark = self._mark("start")
+            server.reserve_wal()
+        with self.phases("checkpoint"):
+            called_ns = time.time_ns()
+            start_lsn = server.start_backup(
+                self.options.label or str(self.backup_id),
+                fast=not self.options.spread_checkpoint,
+            )
+        history = self.history(identity.timeline)
+        now = position_of(identity, start_lsn, history)
+        baseline, detector, reason = self.view(
+            chain, now, lambda m: ancestry.proven_by_catalog(m.marks, self.env.catalog)
+        )
+        settings = CopySettings(
+            start_lsn,
+            called_ns,
+            identity.data_checksums,
+            identity.wal_segment_size,
+            identity.blocks_per_segment,
+        )
+        frames = self.env.repository.writer(self.env.compression_level)
+        try:
+            tables = TableWriter(frames)
+            totals, tablespaces = self.copy(frames, tables, settings, baseline, server.ensure_alive)
+            with self.phases("stop"):
+                stopped = server.stop_backup()
+                last_mark = self._mark("stop")
+                self._check_still_the_same(identity, server.identify(), stopped.backup_label)
+            needed = walfiles.WalRange(
+                identity.major,
+                identity.system_identifier,
+                identity.timeline,
+                identity.wal_segment_size,
+                start_lsn,
+                stopped.stop_lsn,
+            )
+            wal_bytes, created = self.store_wal(needed, history, tables, frames)
+            copied = Copied(
+                start_lsn,
+                stopped.stop_lsn,
+                identity.timeline,
+                history,
+                stopped.backup_label,
+                stopped.tablespace_map,
+                tuple(m for m in (first_mark, last_mark) if m is not None),
+                wal_bytes,
+                created,
+            )
+            return self.commit(
+                identity, copied, totals, tablespaces, chain, (detector, reason), frames, tables
+            )
+        finally:
+            frames.close()
+
+    def _mark(self, position: str) -> Mark | None:
+        if self.env.catalog is None:
+            return None
+        m: LineageMark = self.env.catalog.leave_mark(self.backup_id, position)
+        return Mark(m.mark, m.xmin, m.path, m.block, m.item)
+
+    def _check_server(self, identity: ServerIdentity) -> None:
+        """Refuse what this version cannot back up."""
+        if identity.in_recovery:
+            raise ServerError(
+                "the server is in recovery, and backups are taken from a primary",
+                hint="Point server.dsn and server.pgdata at the primary.",
+            )
+        if identity.block_size != PAGE_SIZE:
+            raise RefusedError(
+                f"the server's block size is {identity.block_size}, only 8192 is supported",
+                hint="Use pg_basebackup for this server.",
+            )
+        if identity.wal_level == "minimal":
+            raise ServerError(
+                "wal_level is minimal: an online backup could not be recovered",
+                hint="Set wal_level = replica and restart the server.",
+            )
+
+    def _check_directory(self, identity: ServerIdentity) -> None:
+        """The directory that we read must be this very server's: copies share the identifier."""
+        _, control = read_control_file(self.env.directory)
+        if control.system_identifier != identity.system_identifier:
+            raise WrongClusterError(
+                f"{self.env.directory.path} belongs to the cluster with system identifier"
+                f" {control.system_identifier}, the server has {identity.system_identifier}",
+                hint="Let server.pgdata and server.dsn name the same server.",
+            )
+        data = self.env.directory.read("postmaster.pid")
+        lines = (data or b"").decode("utf-8", "replace").splitlines()
+        running = (identity.data_directory, str(int(identity.started_at)), str(identity.port))
+        if tuple(lines[1:4]) != running:
+            raise WrongClusterError(
+                f"{self.env.directory.path} is not the directory of the server that answers on"
+                f" port {identity.port}: its postmaster.pid says otherwise",
+                hint=f"The server's data directory is {identity.data_directory}: set"
+                " server.pgdata to it.",
+            )
+
+    def _check_still_the_same(
+        self, before: ServerIdentity, after: ServerIdentity, backup_label: str
+    ) -> None:
+        """Nothing may have been promoted, restarted or swapped meanwhile."""
+        match = _LABEL_TIMELINE.search(backup_label)
+        if match is None or int(match[1]) != before.timeline:
+            raise ServerError("the backup label names another timeline than the backup began on")
+        if replace(after, wal_log_hints=before.wal_log_hints) != before:
+            raise ServerError(
+                "the server was changed or restarted during the backup",
+                hint="Run the backup again.",
+            )
+        self._check_directory(after)

@@ -1,0 +1,1 @@
+"""The data directory on disk: reading a source, writing a restore target."""
