@@ -1,0 +1,67 @@
+"""The catalog of backups: lineage marks and the projection of committed backups.
+
+Each call is one short transaction on a connection of its own, so nothing here holds back vacuum
+while a backup runs, and a lost connection costs one call.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import BigInteger, insert, literal_column, select
+from sqlalchemy.dialects.postgresql import insert as upsert
+
+from dbmodule.catalog.engine import connect, make_engine, server_errors
+from dbmodule.catalog.grants import missing_grants
+from dbmodule.catalog.tables import backup, backup_dependency, lineage
+from dbmodule.ident import BackupId
+from dbmodule.ports import BackupRecord, LineageMark
+
+# A cast to bigint, since the client's driver has no type for xid. The raw value stays readable in
+# a frozen row, and VACUUM FULL keeps it.
+_XMIN = literal_column("xmin::text::bigint", BigInteger)
+
+
+class SqlCatalog:
+    """`dbmodule.ports.Catalog` on the extension's tables; `dsn` is a libpq connection string."""
+
+    def __init__(self, dsn: str) -> None:
+        self._dsn = dsn
+        self._engine = make_engine(dsn)
+
+    def leave_mark(self, backup_id: BackupId, position: str) -> LineageMark:
+        mark = secrets.token_hex(16)
+        statement = (
+            insert(lineage)
+            .values(mark=mark, backup_id=backup_id, position=position)
+            .returning(lineage.c.xid)
+        )
+        with server_errors("leave a lineage mark"), self._engine.begin() as connection:
+            return LineageMark(mark, connection.execute(statement).scalar_one())
+
+    def sees_marks(self, marks: Sequence[LineageMark]) -> bool:
+        statement = select(lineage.c.mark, lineage.c.xid, _XMIN).where(
+            lineage.c.mark.in_([mark.mark for mark in marks])
+        )
+        with server_errors("look for lineage marks"), self._engine.begin() as connection:
+            seen = {mark: (xid, xmin) for mark, xid, xmin in connection.execute(statement)}
+        # The column alone would be carried along by a dump, xmin alone repeats after 2^32.
+        return bool(marks) and all(
+            seen.get(mark.mark) == (mark.xmin, mark.xmin & 0xFFFFFFFF) for mark in marks
+        )
+
+    def record(self, record: BackupRecord) -> None:
+        row: dict[str, Any] = dataclasses.asdict(record)
+        with server_errors(f"record backup {record.backup_id}"), self._engine.begin() as connection:
+            connection.execute(upsert(backup).values(row).on_conflict_do_nothing())
+            if record.baseline_id is not None:
+                link = {"backup_id": record.backup_id, "baseline_id": record.baseline_id}
+                connection.execute(upsert(backup_dependency).values(link).on_conflict_do_nothing())
+
+    def missing_grants(self) -> list[str]:
+        """SQL that an administrator must run so that this role can keep the catalog."""
+        with server_errors("look at grants"), connect(self._dsn) as connection:
+            return missing_grants(connection)
