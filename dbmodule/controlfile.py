@@ -15,10 +15,11 @@ import crc32c
 from dbmodule.errors import SourceError
 from dbmodule.ident import Lsn, SystemId, Timeline, format_lsn
 
-_CRC_OFFSETS = {1300: 288, 1800: 292}
-"""Where the CRC lies, by format version: 13 to 17 write 1300. All before it is what it covers.
+_CRC_OFFSETS = {1300: 288, 1700: 288, 1800: 292}
+"""Where the CRC lies, by format version: 13 to 16 write 1300. All before it is what it covers.
 
-The fields read here have the same place in both; 1800 adds one behind them.
+The fields read here have the same place in all of them: 1700 fills what was padding, 1800 adds a
+field behind.
 """
 
 # struct ControlFileData up to data_checksum_version, the padding written out.

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from dbmodule.controlfile import DBState, WalLevel, parse
 from dbmodule.errors import SourceError
 
-CRC_OFFSETS = {1300: 288, 1800: 292}
+CRC_OFFSETS = {1300: 288, 1700: 288, 1800: 292}
 
 
 def control_file(version: int, **words: int) -> bytes:
@@ -27,7 +27,7 @@ def control_file(version: int, **words: int) -> bytes:
     return bytes(data)
 
 
-versions = pytest.mark.parametrize("version", [1300, 1800])
+versions = pytest.mark.parametrize("version", [1300, 1700, 1800])
 
 
 @versions
@@ -49,7 +49,7 @@ def test_the_first_sector_is_enough(version: int) -> None:
     assert parse(data[:512]) == parse(data)
 
 
-@given(st.sampled_from([1300, 1800]), st.data())
+@given(st.sampled_from([1300, 1700, 1800]), st.data())
 def test_any_flipped_bit_is_found(version: int, data: st.DataObject) -> None:
     damaged = bytearray(control_file(version))
     bit = data.draw(st.integers(0, (CRC_OFFSETS[version] + 4) * 8 - 1))

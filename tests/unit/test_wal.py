@@ -299,7 +299,7 @@ def test_any_damaged_word_is_found(data: st.DataObject) -> None:
     segments = [(name, bytearray(content)) for name, content in wal.segments()]
     word = data.draw(st.integers(START // 8, stop // 8 - 1)) * 8
     mask = data.draw(st.sampled_from([1, 2, 16, 128]))
-    name, content = segments[word // SIZE - 5]
+    _, content = segments[word // SIZE - 5]
     for at in range(word % SIZE, word % SIZE + 8):
         content[at] ^= mask
     with pytest.raises(SourceError, match="WAL segment") as caught:
