@@ -1,0 +1,60 @@
+"""The compiled kernel and its numpy twin give the same checksums; skipped where none is built."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dbmodule import kernel, page
+from dbmodule.ident import PAGE_SIZE
+
+built = pytest.mark.skipif(not kernel.available, reason="the kernel is not built here")
+
+
+def test_the_name_says_which_one_is_in_use() -> None:
+    assert kernel.name == ("c" if kernel.available else "numpy")
+
+
+@built
+@given(
+    count=st.integers(0, 5),
+    first_block=st.integers(0, 2**32 - 6),
+    seed=st.integers(0, 2**32 - 1),
+    shift=st.integers(0, 7),
+)
+def test_both_give_the_same(count: int, first_block: int, seed: int, shift: int) -> None:
+    data = np.random.default_rng(seed).bytes(count * PAGE_SIZE + shift)
+    pages = memoryview(data)[shift:]
+    out = np.empty(count, dtype=np.uint16)
+    kernel.page_checksums(pages, first_block, out)
+    assert (out == page.compute_checksums_numpy(pages, first_block)).all()
+
+
+@built
+@given(st.binary(min_size=64, max_size=64), st.integers(0, PAGE_SIZE - 64))
+def test_both_give_the_same_on_sparse_pages(content: bytes, at: int) -> None:
+    pages = bytearray(PAGE_SIZE)
+    pages[at : at + 64] = content
+    out = np.empty(1, dtype=np.uint16)
+    kernel.page_checksums(pages, 0, out)
+    assert out.tolist() == page.compute_checksums_numpy(pages, 0).tolist()
+
+
+@built
+@pytest.mark.parametrize(
+    ("size", "elements"),
+    [(PAGE_SIZE - 1, 0), (PAGE_SIZE + 1, 1), (PAGE_SIZE, 0), (PAGE_SIZE, 2), (0, 1)],
+)
+def test_sizes_must_agree(size: int, elements: int) -> None:
+    with pytest.raises(ValueError, match="16-bit element per whole page"):
+        kernel.page_checksums(bytes(size), 0, np.empty(elements, dtype=np.uint16))
+
+
+@built
+def test_the_result_must_be_writable() -> None:
+    out = np.zeros(1, dtype=np.uint16)
+    out.flags.writeable = False
+    with pytest.raises((BufferError, TypeError, ValueError)):
+        kernel.page_checksums(bytes(PAGE_SIZE), 0, out)
