@@ -7,6 +7,7 @@ Protocols below are what is used of them.
 from __future__ import annotations
 
 import importlib
+import time
 from typing import Any, Protocol, cast
 
 from dbmodule.errors import ServerError
@@ -60,8 +61,16 @@ class PgPubSubListener:
             raise connection_lost(error) from error
 
     def wait(self, timeout: float) -> bool:
+        deadline = time.monotonic() + timeout
+        left = timeout
         try:
-            return bool(self._pubsub.get_events(select_timeout=timeout))
+            # It also returns early on the server's last words, and only the next call tells that
+            # the connection has ended.
+            while not self._pubsub.get_events(select_timeout=max(left, 0.0)):
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    return False
+            return True
         except self._driver.Error as error:
             raise connection_lost(error) from error
 
