@@ -293,3 +293,35 @@ def test_foreign_or_missing_wal_is_found(backup: Backup) -> None:
     other_major = next(major for major in wal.PAGE_MAGIC if major != backup.cluster.major)
     with pytest.raises(SourceError, match="bad page header"):
         backup.check(segments, major=other_major)
+
+
+def test_wal_after_a_promotion(make_cluster: ClusterFactory, pg_major: int) -> None:
+    """The new timeline's first pages are copies of the old one's, up to where it was left."""
+    cluster = make_cluster(pg_major)
+    cluster.execute("CREATE TABLE before AS SELECT generate_series(1, 1000)")
+    cluster.stop()
+    (cluster.datadir / "standby.signal").touch()
+    cluster.start()
+    assert cluster.scalar("SELECT pg_promote()")
+    cluster.execute("CHECKPOINT")
+    control = controlfile.parse((cluster.datadir / datafile.CONTROL_FILE).read_bytes())
+    assert control.timeline == 2
+    compare_control(cluster, DBState.IN_PRODUCTION)
+
+    history_file = cluster.datadir / "pg_wal" / wal.history_name(2)
+    history = wal.parse_history(history_file.read_text())
+    ((timeline, switch),) = history
+    assert timeline == 1
+    assert wal.lies_on_history(1, switch, 2, history)
+    assert not wal.lies_on_history(1, switch + 8, 2, history)
+
+    cluster.execute("INSERT INTO before SELECT generate_series(1, 5000)")
+    insert = parse_lsn(cluster.scalar("SELECT pg_current_wal_insert_lsn()::text"))
+    cluster.execute("SELECT pg_switch_wal()")
+    facts = {"major": pg_major, "system_identifier": control.system_identifier, "timeline": 2}
+    name = wal.segment_name(2, wal.segment_of(switch, SEGMENT), SEGMENT)
+    segment = (cluster.datadir / "pg_wal" / name).read_bytes()
+    summary = wal.check_segments(
+        [(name, segment)], start_lsn=switch, stop_lsn=insert, segment_size=SEGMENT, **facts
+    )
+    assert summary.records > 5000
