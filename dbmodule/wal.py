@@ -27,6 +27,8 @@ from numpy.typing import NDArray
 from dbmodule.errors import SourceError
 from dbmodule.ident import Lsn, SystemId, Timeline, format_lsn
 
+Buffer = bytes | bytearray | memoryview
+
 PAGE_SIZE = 8192
 """Bytes per WAL page (``wal_block_size``); the long header of each segment repeats it."""
 
@@ -62,6 +64,7 @@ _KNOWN_FLAGS = 0x000F
 # xl_tot_len, xl_xid, xl_prev, xl_info, xl_rmid, xl_crc; the CRC covers what follows it, then
 # what precedes it.
 _RECORD = struct.Struct("<IIQBB2xI")
+_HEADER = _RECORD.size
 _RECORD_LIMIT = 1020 * 1024 * 1024
 _CRC_AT = 20
 _XLOG, _TABLESPACE = 0, 5
@@ -161,7 +164,7 @@ class WalSummary:
 
 
 def check_segments(
-    segments: Iterable[tuple[str, bytes]],
+    segments: Iterable[tuple[str, Buffer]],
     *,
     major: int,
     system_identifier: int,
@@ -246,7 +249,7 @@ class WalReader:
         self._bodies[0] = 0
         self._usable = pages * _BODY - _LONGER
 
-    def feed(self, name: str, data: bytes) -> None:
+    def feed(self, name: str, data: Buffer) -> None:
         """Check the next segment, whose file is called `name` and holds `data`."""
         expected = segment_name(self._timeline, self._next, self._segment_size)
         self._name = name
@@ -274,7 +277,7 @@ class WalReader:
             )
         return WalSummary(self._records, self._stop, self._created)
 
-    def _check_long_header(self, data: bytes, base: int) -> None:
+    def _check_long_header(self, data: Buffer, base: int) -> None:
         system_identifier, segment_size, page_size = _LONG_HEADER_TAIL.unpack_from(
             data, _SHORT_HEADER
         )
@@ -317,7 +320,7 @@ class WalReader:
             f"(expected {self._timeline}), address {format_lsn(int(header['address']))}",
         )
 
-    def _walk(self, segment: _Segment, data: bytes) -> None:
+    def _walk(self, segment: _Segment, data: Buffer) -> None:
         """Check the records that end in this segment, up to the stop LSN, and carry the rest."""
         carried = len(self._carried)
         stream = self._stream(data)
@@ -334,7 +337,8 @@ class WalReader:
         # What is carried over counts as a page of its own, before the segment's first.
         page_end, to_lsn = carried, self._carried_lsn
         seen = position
-        unpack, records, previous = _RECORD.unpack_from, self._records, self._previous
+        unpack, checksum = _RECORD.unpack_from, crc32c
+        records, previous = self._records, self._previous
         self._carried = b""
 
         while position < stop:
@@ -346,7 +350,7 @@ class WalReader:
             length, _, prev, info, manager, crc = unpack(stream, position)
             lsn = position + to_lsn
             end = position + length
-            if not _RECORD.size <= length <= _RECORD_LIMIT:
+            if length < _HEADER or length > _RECORD_LIMIT:
                 raise self._damage(lsn, f"a record of {length} bytes")
             if end > page_end:
                 first = self._page_of(page_end - carried)
@@ -366,16 +370,13 @@ class WalReader:
                     break
             if prev != previous and previous is not None:
                 raise self._damage(lsn, f"it names {format_lsn(prev)} as the record before it")
-            if (
-                crc32c(view[position : position + _CRC_AT], crc32c(view[position + 24 : end]))
-                != crc
-            ):
+            body_crc = checksum(view[position + _HEADER : end])
+            if checksum(view[position : position + _CRC_AT], body_crc) != crc:
                 raise self._damage(lsn, "the record does not match its CRC")
             if self._aborted is not None:
                 self._check_overwrite(manager, info, view[position:end], lsn)
             records += 1
-            previous = lsn
-            seen = end
+            previous, seen = lsn, end
             if manager == _XLOG and info & _OPERATION == _SWITCH:
                 position = size
                 continue
@@ -391,13 +392,13 @@ class WalReader:
         if self._next == self._last and (position != stop or self._aborted is not None):
             raise self._damage(self._stop, "no record ends here, where the backup stopped")
 
-    def _stream(self, data: bytes) -> bytearray:
+    def _stream(self, data: Buffer) -> bytearray:
         """What is carried over, then the bodies of the segment's pages, then a header's length.
 
         The zeroes at the end let a record's header be unpacked where the segment cuts it.
         """
         carried = len(self._carried)
-        stream = bytearray(carried + self._usable + _RECORD.size)
+        stream = bytearray(carried + self._usable + _HEADER)
         stream[:carried] = self._carried
         stream[carried : carried + _FIRST_BODY] = data[_LONG_HEADER:PAGE_SIZE]
         others = np.frombuffer(stream, np.uint8)[carried + _FIRST_BODY : carried + self._usable]
@@ -466,7 +467,7 @@ class WalReader:
 
 def _main_data(record: bytes) -> bytes:
     """The main data of a record without block references; empty when it has none."""
-    at = _RECORD.size
+    at = _HEADER
     while at < len(record):
         match record[at]:
             case 255:  # short: one byte of length

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from dbmodule.errors import SourceError
 from dbmodule.ident import Lsn, Timeline
 from dbmodule.wal import (
+    Buffer,
     CreatedTablespace,
     WalSummary,
     check_segments,
@@ -110,7 +112,7 @@ class WalWriter:
 
 
 def check(
-    segments: list[tuple[str, bytes]], stop: int, start: int = START, timeline: int = 1
+    segments: Iterable[tuple[str, Buffer]], stop: int, start: int = START, timeline: int = 1
 ) -> WalSummary:
     return check_segments(
         segments,
@@ -311,6 +313,8 @@ def test_missing_and_misplaced_segments_are_found() -> None:
     wal, stop = written(*([20_000] * 200))
     segments = wal.segments()
     assert check(segments, stop).records == 200
+    views = [(name, memoryview(bytearray(content))) for name, content in segments]
+    assert check(views, stop).records == 200
     with pytest.raises(SourceError, match=f"{segments[-1][0]} is missing"):
         check(segments[:-1], stop)
     with pytest.raises(SourceError, match=f"{segments[1][0]} expected"):
