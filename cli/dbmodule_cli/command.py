@@ -79,6 +79,8 @@ class Group(click.Group):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        # A command that is left out is a usage error like others, so that --json can report it.
+        self.no_args_is_help = False
         _complete(self)
 
 

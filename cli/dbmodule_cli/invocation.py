@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dbmodule.ports import Progress, no_progress
 from dbmodule_cli.interrupts import Interrupts
 from dbmodule_cli.output import Printer, is_terminal, make_printer
 
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     from dbmodule.app import App
 
     from dbmodule.config import Config
+    from dbmodule.ports import Progress
 
 _STDOUT, _STDERR = 1, 2
 
@@ -71,6 +71,8 @@ class Invocation:
     @contextlib.contextmanager
     def progress(self) -> Iterator[Progress]:
         """Progress bars if a person is watching standard error."""
+        from dbmodule.ports import no_progress
+
         if self.quiet or not is_terminal(_STDERR):
             yield no_progress
             return

@@ -18,7 +18,9 @@ _STOPPED = (
 
 
 @click.command("backup", cls=Command)
-@click.argument("type_", metavar="full|diff|incr", type=click.Choice([*BackupType]))
+@click.argument(
+    "type_", metavar="full|diff|incr", type=click.Choice([kind.value for kind in BackupType])
+)
 @click.option("--baseline", metavar="ID", help="Build on this backup.")
 @click.option(
     "--detect",

@@ -1,0 +1,154 @@
+"""Stands in for `dbmodule.app` where only the command line is under test: answers what it is told.
+
+``answers`` maps a method's name to what it returns or raises; ``calls`` is what it was asked.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from dbmodule.config import Config
+from dbmodule.reports import (
+    BackupDetails,
+    BackupReport,
+    CheckReport,
+    CorruptPage,
+    Damage,
+    Finding,
+    InitReport,
+    RestoreReport,
+    VerifyReport,
+)
+
+FULL = "20260131-235959-full-1a2b3c"
+DIFF = "20260201-235959-diff-4d5e6f"
+
+
+def backup_report(backup_id: str = FULL, baseline: str | None = None, **more: Any) -> BackupReport:
+    values: dict[str, Any] = {
+        "backup_id": backup_id,
+        "type": backup_id.split("-")[2],
+        "baseline_id": baseline,
+        "status": "completed",
+        "label": "",
+        "cluster": "main",
+        "system_identifier": "7412345678901234567",
+        "server_version": "18.6",
+        "timeline": 1,
+        "start_lsn": "0/3000028",
+        "stop_lsn": "0/3000158",
+        "detector": "scan",
+        "detector_reason": "the baseline is a proven ancestor",
+        "files_total": 1000,
+        "files_read": 20,
+        "files_skipped": 980,
+        "pages_total": 123456,
+        "pages_changed": 77,
+        "pages_stored": 76,
+        "bytes_total": 1 << 30,
+        "bytes_read": 1 << 24,
+        "bytes_changed": 77 * 8192,
+        "bytes_stored": 200_000,
+        "wal_bytes": 16 << 20,
+        "pages_verified": 77,
+        "corrupt_pages": 0,
+        "divergent_pages": 0,
+        "hint_pages": 0,
+        "started_at": "2026-01-31T23:59:59+00:00",
+        "finished_at": "2026-02-01T00:00:05+00:00",
+        "seconds": 6.25,
+        "phases": {"start": 0.25, "copy": 5.5, "commit": 0.5},
+    }
+    return BackupReport(**(values | more))
+
+
+def default_answers() -> dict[str, Any]:
+    full, diff = backup_report(), backup_report(DIFF, FULL)
+    return {
+        "init": InitReport(
+            config="/etc/dbmodule/dbmodule.toml",
+            repository="file:///backups",
+            repository_id="5e1f",
+            repository_created=True,
+            cluster="main",
+            system_identifier="7412345678901234567",
+            server_version="18.6",
+            extension="created",
+            findings=[Finding("agent", "warning", "does not run", "Start `dbmodule agent`.")],
+            next_command="dbmodule backup full",
+        ),
+        "check": CheckReport("ok", [Finding("server", "ok", "PostgreSQL 18.6")]),
+        "backup": full,
+        "backups": [full, diff],
+        "show": BackupDetails(
+            backup=diff,
+            chain=[FULL, DIFF],
+            dependents=[],
+            corruption=[CorruptPage("base/5/1259", 7, "0/1", 1, 2)],
+            tablespaces={"16384": "/srv/fast"},
+            manifest_hash="ab" * 32,
+        ),
+        "restore": RestoreReport(
+            backup_id=DIFF,
+            chain=[FULL, DIFF],
+            target="/restored",
+            files=1000,
+            bytes_written=1 << 30,
+            pages_from={FULL: 100, DIFF: 77},
+            seconds=3.5,
+            phases={"plan": 0.5, "write": 3.0},
+        ),
+        "verify": VerifyReport("sound", [FULL], 12, 1 << 20, [], 0.5),
+        "run_agent": None,
+        "install_extension": ["copied dbmodule.control", "created the extension"],
+    }
+
+
+DAMAGED = VerifyReport("damaged", [FULL], 12, 1, [Damage("packs/1", "hash differs")], 0.5)
+
+
+class App:
+    answers: ClassVar[dict[str, Any]] = default_answers()
+    calls: ClassVar[list[tuple[str, dict[str, Any]]]] = []
+    config: ClassVar[Config | None] = None
+
+    @classmethod
+    def open(cls, config: Config) -> Self:
+        cls.config = config
+        return cls()
+
+    def _answer(self, method: str, **arguments: Any) -> Any:
+        self.calls.append((method, arguments))
+        answer = self.answers[method]
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    def init(self, *, config_path: Path, extension: bool) -> Any:
+        return self._answer("init", config_path=config_path, extension=extension)
+
+    def check(self) -> Any:
+        return self._answer("check")
+
+    def backup(self, options: Any, *, progress: Any, cancelled: Any) -> Any:
+        progress("copy", 1, 2)
+        return self._answer("backup", options=options, cancelled=cancelled())
+
+    def backups(self) -> Any:
+        return self._answer("backups")
+
+    def show(self, backup: str) -> Any:
+        return self._answer("show", backup=backup)
+
+    def restore(self, options: Any, *, progress: Any, cancelled: Any) -> Any:
+        return self._answer("restore", options=options)
+
+    def verify(self, backup: str | None, *, progress: Any, cancelled: Any) -> Any:
+        return self._answer("verify", backup=backup)
+
+    def run_agent(self, *, stop: Any) -> Any:
+        return self._answer("run_agent", stop=stop)
+
+    def install_extension(self, *, directory: Path | None) -> Any:
+        return self._answer("install_extension", directory=directory)

@@ -1,0 +1,223 @@
+"""What each command asks of the library, answers in JSON and in text, and exits with."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from dbmodule_cli.commands.list import chain_rows
+
+from dbmodule.ident import BackupId, BackupType
+from dbmodule.reports import BackupDetails, BackupOptions, CheckReport, Finding, RestoreOptions
+from tests.cli.conftest import Dbmodule
+from tests.cli.fake_app import DAMAGED, DIFF, FULL, App, backup_report
+
+COMMANDS = {
+    "init": ["init", "--pgdata", "data", "--repo", "repo"],
+    "check": ["check"],
+    "backup": ["backup", "full"],
+    "backups": ["list"],
+    "show": ["show", DIFF],
+    "restore": ["restore", "--target", "restored"],
+    "verify": ["verify"],
+    "run_agent": ["agent"],
+    "install_extension": ["extension", "install"],
+}
+
+
+@pytest.mark.parametrize("method", COMMANDS)
+def test_json_is_one_document_and_quiet_is_silent(
+    dbmodule: Dbmodule, app: type[App], method: str
+) -> None:
+    arguments = COMMANDS[method]
+    after, before = dbmodule(*arguments, "--json"), dbmodule("--json", *arguments)
+    assert (after.code, after.err) == (0, "")
+    assert after == before
+    assert isinstance(after.document, dict)
+    quiet = dbmodule(*arguments, "--quiet")
+    assert (quiet.code, quiet.out, quiet.err) == (0, "", "")
+    text = dbmodule(*arguments)
+    assert (text.code, text.err) == (0, "")
+    assert text.out.endswith("\n")
+    assert "\x1b" not in text.out
+    assert [name for name, _ in app.calls] == [method] * 4
+
+
+def test_a_reports_fields_are_the_documents_names(dbmodule: Dbmodule, app: type[App]) -> None:
+    for method, arguments in COMMANDS.items():
+        answer = app.answers[method]
+        if dataclasses.is_dataclass(answer) and not isinstance(answer, type | BackupDetails):
+            assert dbmodule(*arguments, "--json").document == dataclasses.asdict(answer)
+
+
+def test_list(dbmodule: Dbmodule, app: type[App]) -> None:
+    listed = dbmodule("list", "--json").document["backups"]
+    assert [backup["backup_id"] for backup in listed] == [FULL, DIFF]
+    assert listed[1]["baseline_id"] == FULL
+    head, *rows = dbmodule("list").out.splitlines()
+    assert head.split()[0] == "BACKUP"
+    assert [row.split()[0] for row in rows] == [FULL, DIFF]
+    app.answers["backups"] = []
+    assert dbmodule("list", "--json").document == {"backups": []}
+    assert "backup full" in dbmodule("list").out
+
+
+def test_the_tree_of_chains() -> None:
+    edges = [
+        ("f1", None), ("f2", None), ("a", "f1"), ("b", "a"), ("c", "f1"), ("d", "f2"), ("x", "gone")
+    ]  # fmt: skip
+    backups = [
+        backup_report(f"0-0-incr-{name}", base and f"0-0-incr-{base}") for name, base in edges
+    ]
+    assert [guide + backup.backup_id[9:] for guide, backup in chain_rows(backups)] == [
+        "f1", "|- a", "|  `- b", "`- c", "f2", "`- d", "x"
+    ]  # fmt: skip
+
+
+def test_a_long_chain_is_listed() -> None:
+    names = [f"0-0-incr-{number}" for number in range(3000)]
+    backups = [
+        backup_report(name, base) for name, base in zip(names, [None, *names[:-1]], strict=True)
+    ]
+    assert [backup.backup_id for _, backup in chain_rows(backups)] == names
+
+
+def test_show(dbmodule: Dbmodule) -> None:
+    document = dbmodule("show", DIFF, "--json").document
+    assert document["backup_id"] == DIFF
+    assert document["chain"] == [FULL, DIFF]
+    assert document["corruption"][0]["path"] == "base/5/1259"
+    assert "backup" not in document
+    text = dbmodule("show", DIFF).out
+    assert f"{FULL} <- {DIFF}" in text
+    assert "base/5/1259" in text
+    assert "/srv/fast" in text
+
+
+def test_backup_options(dbmodule: Dbmodule, app: type[App]) -> None:
+    dbmodule("backup", "incr")
+    dbmodule(
+        "backup", "diff", "--baseline", FULL, "--detect", "content", "--label", "x", "--offline"
+    )
+    dbmodule("backup", "full", "--spread-checkpoint")
+    assert [arguments["options"] for _, arguments in app.calls] == [
+        BackupOptions(BackupType.INCR),
+        BackupOptions(BackupType.DIFF, "x", BackupId(FULL), "content", offline=True),
+        BackupOptions(BackupType.FULL, spread_checkpoint=True),
+    ]
+
+
+def test_restore_options(dbmodule: Dbmodule, app: type[App], tmp_path: Path) -> None:
+    dbmodule("restore", "--target", "t")
+    dbmodule(
+        "restore", FULL, "--target", "/t", "--tablespace-map", "/a=/b", "--tablespace-map",
+        r"/c\=d=/e\=f",
+    )  # fmt: skip
+    assert [arguments["options"] for _, arguments in app.calls] == [
+        RestoreOptions(tmp_path / "t", "latest", {}),
+        RestoreOptions(Path("/t"), FULL, {"/a": Path("/b"), "/c=d": Path("/e=f")}),
+    ]
+
+
+def test_verify_options(dbmodule: Dbmodule, app: type[App]) -> None:
+    for arguments in ([], ["--all"], [FULL]):
+        assert dbmodule("verify", *arguments).code == 0
+    assert [arguments["backup"] for _, arguments in app.calls] == [None, None, FULL]
+
+
+def test_init(dbmodule: Dbmodule, app: type[App], tmp_path: Path) -> None:
+    new = tmp_path / "new.toml"
+    result = dbmodule(
+        "init", "--pgdata", "data", "--repo", "repo", "--dsn", "port=1", "--cluster", "c",
+        "--config", str(new), "--no-extension",
+    )  # fmt: skip
+    assert result.code == 0
+    assert app.calls == [("init", {"config_path": new, "extension": False})]
+    assert app.config is not None
+    assert app.config.server.pgdata == tmp_path / "data"
+    assert app.config.server.dsn == "port=1"
+    assert app.config.repository.url == str(tmp_path / "repo")
+    assert app.config.repository.cluster == "c"
+    assert "next: dbmodule backup full" in result.out
+    assert "agent: Start `dbmodule agent`." in result.out
+
+
+def test_init_again_keeps_what_is_configured(
+    dbmodule: Dbmodule, app: type[App], tmp_path: Path
+) -> None:
+    assert dbmodule("init").code == 0
+    assert app.calls == [("init", {"config_path": tmp_path / "dbmodule.toml", "extension": True})]
+    assert app.config is not None
+    assert app.config.repository.url == "/backups"
+
+
+def test_a_global_option_after_the_command_wins(dbmodule: Dbmodule, app: type[App]) -> None:
+    assert dbmodule("--cluster", "one", "--repo", "/r", "check", "--cluster", "two").code == 0
+    assert app.config is not None
+    assert (app.config.repository.cluster, app.config.repository.url) == ("two", "/r")
+
+
+def test_extension_install(dbmodule: Dbmodule, app: type[App], tmp_path: Path) -> None:
+    result = dbmodule("extension", "install", "--directory", "ext", "--json")
+    assert result.document == {"done": ["copied dbmodule.control", "created the extension"]}
+    assert app.calls == [("install_extension", {"directory": tmp_path / "ext"})]
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments", "answer"),
+    [
+        ("backup", ["backup", "full"], backup_report(status="completed_with_corruption")),
+        ("verify", ["verify"], DAMAGED),
+    ],
+)
+def test_damage_is_an_answer_with_exit_code_3(
+    dbmodule: Dbmodule, app: type[App], method: str, arguments: list[str], answer: Any
+) -> None:
+    app.answers[method] = answer
+    result = dbmodule(*arguments, "--json")
+    assert result.code == 3
+    assert result.document == dataclasses.asdict(answer)
+    assert answer.status in dbmodule(*arguments).out
+
+
+@pytest.mark.parametrize(("severity", "code"), [("ok", 0), ("warning", 0), ("error", 1)])
+def test_check_fails_on_errors_only(
+    dbmodule: Dbmodule, app: type[App], severity: str, code: int
+) -> None:
+    app.answers["check"] = CheckReport(severity, [Finding("wal", severity, "seen", "do this")])
+    result = dbmodule("check")
+    assert result.code == code
+    assert "wal: do this" in result.out
+
+
+@pytest.mark.parametrize("ok", [True, False])
+def test_demo(
+    dbmodule: Dbmodule, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ok: bool
+) -> None:
+    asked = []
+
+    def run_demo(scale: int, keep: Path | None, progress: Any) -> Any:
+        asked.append((scale, keep))
+        return SimpleNamespace(
+            ok=ok,
+            as_dict=lambda: {"ok": ok},
+            columns=("step", "took"),
+            rows=[("full", "1 s"), ("diff", "0.1 s")],
+        )
+
+    module = SimpleNamespace(run_demo=run_demo)
+    monkeypatch.setitem(sys.modules, "dbmodule.demo", module)
+    result = dbmodule("demo", "--scale", "3", "--keep", "here", "--json")
+    assert (result.code, result.document) == (0 if ok else 1, {"ok": ok})
+    text = dbmodule("demo").out.splitlines()
+    assert text[:2] == ["STEP  TOOK", "full  1 s"]
+    assert asked == [(3, tmp_path / "here"), (10, None)]
+
+
+def test_text_from_elsewhere_cannot_drive_the_terminal(dbmodule: Dbmodule, app: type[App]) -> None:
+    app.answers["backups"] = [backup_report(label="\x1b[2J\nevil\udcff")]
+    assert r"\x1b[2J\nevil\udcff" in dbmodule("list").out
