@@ -64,9 +64,7 @@ def choose_baseline(
                 hint="`dbmodule list` shows the backups that are there.",
             )
         return backups[pinned]
-    pool = [
-        m for m in backups.values() if kind is BackupType.INCR or m.type is BackupType.FULL
-    ]
+    pool = [m for m in backups.values() if kind is BackupType.INCR or m.type is BackupType.FULL]
     chosen = newest(pool)
     if chosen is None:
         raise NoBaselineError(

@@ -217,6 +217,54 @@ class DataDirectory(Protocol):
         ...
 
 
+class TargetFile(Protocol):
+    """A file of a restore target, created with its final length and a zero for every byte."""
+
+    def write(self, data: Buffer, offset: int) -> None: ...
+
+    def finish(self) -> int:
+        """Make it durable, close it, and give the CRC-32C of its contents."""
+        ...
+
+    def abandon(self) -> None:
+        """Close it after an error."""
+        ...
+
+
+class TargetDirectory(Protocol):
+    """A directory that a data directory is being written into. Raises `TargetError`.
+
+    Nothing outside it and the given tablespace locations is ever written to; every location is
+    empty or absent at first.
+    """
+
+    path: str
+
+    def begin(self) -> None:
+        """Check that it is safe to write to, create it, and mark it as unfinished."""
+        ...
+
+    def make_directory(self, path: str, mode: int) -> None: ...
+
+    def make_link(self, path: str) -> None:
+        """The link of the tablespace ``pg_tblspc/OID`` to its location here."""
+        ...
+
+    def create(self, path: str, mode: int, size: int) -> TargetFile: ...
+
+    def exists(self, path: str) -> bool: ...
+
+    def read(self, path: str) -> bytes: ...
+
+    def write(self, path: str, data: bytes) -> int:
+        """Create or replace a small file, mode 0600; gives its CRC-32C."""
+        ...
+
+    def finish(self, control_file: str) -> None:
+        """Put the control file in place, durably, after everything else is durable."""
+        ...
+
+
 class Catalog(Protocol):
     """The extension's tables, through short transactions of their own."""
 

@@ -11,7 +11,7 @@ import secrets
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import BigInteger, insert, literal_column, select
+from sqlalchemy import BigInteger, ColumnElement, insert, literal_column, select
 from sqlalchemy.dialects.postgresql import insert as upsert
 
 from dbmodule.catalog.engine import connect, make_engine, server_errors
@@ -23,6 +23,8 @@ from dbmodule.ports import BackupRecord, LineageMark
 # A cast to bigint, since the client's driver has no type for xid. The raw value stays readable in
 # a frozen row, and VACUUM FULL keeps it.
 _XMIN = literal_column("xmin::text::bigint", BigInteger)
+_CTID: ColumnElement[str] = literal_column("ctid::text")
+_FILE: ColumnElement[str] = literal_column("pg_catalog.pg_relation_filepath('dbmodule.lineage')")
 
 
 class SqlCatalog:
@@ -37,10 +39,12 @@ class SqlCatalog:
         statement = (
             insert(lineage)
             .values(mark=mark, backup_id=backup_id, position=position)
-            .returning(lineage.c.xid)
+            .returning(lineage.c.xid, _CTID, _FILE)
         )
         with server_errors("leave a lineage mark"), self._engine.begin() as connection:
-            return LineageMark(mark, connection.execute(statement).scalar_one())
+            xid, ctid, path = connection.execute(statement).one()
+        block, item = ctid.strip("()").split(",")
+        return LineageMark(mark, xid, path, int(block), int(item))
 
     def sees_marks(self, marks: Sequence[LineageMark]) -> bool:
         statement = select(lineage.c.mark, lineage.c.xid, _XMIN).where(

@@ -17,6 +17,16 @@ from dbmodule.errors import SourceError
 from dbmodule.ports import SourceEntry
 from dbmodule.registry import FileIdentity
 
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+def host_boot_id() -> str:
+    """Tells this boot of this host from all others; empty where that cannot be known."""
+    try:
+        return _BOOT_ID.read_text("ascii").strip()
+    except OSError:
+        return ""
+
 
 def _failed(path: Path, error: OSError) -> SourceError:
     return SourceError(

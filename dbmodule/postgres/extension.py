@@ -61,6 +61,20 @@ def server_sharedir(pg_config: Path) -> Path:
     return Path(answer.stdout.strip())
 
 
+def local_sharedir(dsn: str) -> Path:
+    """The share directory of the server that answers there; raises `ServerError`.
+
+    The server tells only superusers, and the answer is a path on its own host.
+    """
+    with _session(dsn, "ask for the server's share directory") as connection:
+        row = connection.execute(
+            "SELECT setting FROM pg_catalog.pg_config WHERE name = 'SHAREDIR'"
+        ).fetchone()
+    if row is None:
+        raise ServerError("the server does not say where its share directory is")
+    return Path(row[0])
+
+
 def install(sharedir: Path) -> list[Path]:
     """Copy the control file and all scripts into ``<sharedir>/extension``; their paths.
 

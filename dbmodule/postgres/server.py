@@ -32,13 +32,13 @@ _IDENTITY = """
 SELECT s.system_identifier, s.catalog_version_no, c.timeline_id,
        pg_is_in_recovery(), extract(epoch FROM pg_postmaster_start_time()),
        current_setting('server_version_num')::int, current_setting('server_version'),
-       current_setting('block_size')::int, i.max_data_alignment,
+       current_setting('block_size')::int,
        current_setting('data_checksums'), current_setting('wal_log_hints'),
        current_setting('wal_level'), current_setting('full_page_writes'),
        current_setting('data_directory', true), current_setting('port')::int,
        (SELECT setting::bigint FROM pg_settings WHERE name = 'segment_size'),
        (SELECT setting::bigint FROM pg_settings WHERE name = 'wal_segment_size')
-  FROM pg_control_system() AS s, pg_control_checkpoint() AS c, pg_control_init() AS i
+  FROM pg_control_system() AS s, pg_control_checkpoint() AS c
 """
 _TIMELINE_NOW = """
 SELECT CASE WHEN pg_is_in_recovery() THEN NULL
@@ -116,7 +116,7 @@ class PsycopgServer:
     def identify(self) -> ServerIdentity:
         row = self._one(_IDENTITY)
         timeline = self._one(_TIMELINE_NOW)[0] or row[2]
-        if row[13] is None:
+        if row[12] is None:
             raise ServerError(
                 "this role may not read the setting data_directory",
                 hint="As a superuser: GRANT pg_monitor TO the role.",
@@ -131,14 +131,14 @@ class PsycopgServer:
             version_num=row[5],
             version=row[6],
             block_size=row[7],
-            data_checksums=row[9] == "on",
-            wal_log_hints=row[10] == "on",
-            wal_level=row[11],
-            full_page_writes=row[12] == "on",
-            data_directory=row[13],
-            port=row[14],
-            blocks_per_segment=row[15],
-            wal_segment_size=row[16],
+            data_checksums=row[8] == "on",
+            wal_log_hints=row[9] == "on",
+            wal_level=row[10],
+            full_page_writes=row[11] == "on",
+            data_directory=row[12],
+            port=row[13],
+            blocks_per_segment=row[14],
+            wal_segment_size=row[15],
         )
 
     def lock(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 
 import zstandard
 
@@ -69,6 +70,35 @@ class FrameReader:
             name_of(ref.pack), int(footer.offsets[number]), int(entry["stored"])
         )
         return self.decode(footer, number, stored)
+
+    def frames(
+        self, ref: PackRef, numbers: Sequence[int], read_bytes: int, gap_bytes: int
+    ) -> Iterator[tuple[int, bytes]]:
+        """The raw bytes of ascending frame `numbers`; neighbours are fetched in one read.
+
+        Reads join frames that are at most `gap_bytes` apart, up to about `read_bytes`.
+        """
+        footer = self.footer(ref)
+        name = name_of(ref.pack)
+        if numbers and numbers[-1] >= len(footer.entries):
+            raise CorruptObjectError(f"{name}: has no frame {numbers[-1]}")
+        starts = footer.offsets[numbers].tolist()
+        ends = (footer.offsets[numbers] + footer.entries["stored"][numbers]).tolist()
+        first = 0
+        while first < len(numbers):
+            last = first
+            while (
+                last + 1 < len(numbers)
+                and starts[last + 1] - ends[last] <= gap_bytes
+                and ends[last + 1] - starts[first] <= read_bytes
+            ):
+                last += 1
+            data = memoryview(self._store.get(name, starts[first], ends[last] - starts[first]))
+            for at in range(first, last + 1):
+                offset = starts[at] - starts[first]
+                stored = data[offset : offset + ends[at] - starts[at]]
+                yield numbers[at], self.decode(footer, numbers[at], stored)
+            first = last + 1
 
     def decode(self, footer: Footer, number: int, stored: bytes | memoryview) -> bytes:
         """Decompress frame `number` from its stored bytes and check its hash."""

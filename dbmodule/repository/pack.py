@@ -173,6 +173,24 @@ class Footer:
         return bytes(self.page_hashes[int(self.first_hash[frame]) + slot])
 
 
+def open_whole(name: str, data: memoryview, key: bytes) -> Footer:
+    """The footer of a pack that was read whole, after every stored byte was checked.
+
+    Raises `CorruptObjectError` or `FormatVersionError`.
+    """
+    length = footer_length(name, bytes(data[-TRAILER.size :]))
+    start = len(data) - TRAILER.size - length
+    if start < HEADER.size or bytes(data[: HEADER.size]) != HEADER.pack(MAGIC, FORMAT, 0):
+        raise CorruptObjectError(f"{name}: not a pack, or damaged at its beginning")
+    identity = PackId(name.rpartition("/")[2])
+    if name != name_of(identity):
+        raise CorruptObjectError(f"{name}: is not where a pack of that name belongs")
+    footer = Footer.open(identity, bytes(data[start : start + length]), key)
+    if footer.body_length != start or keyed(key, data[:start]) != footer.body_hash:
+        raise CorruptObjectError(f"{name}: its bytes do not match their hash")
+    return footer
+
+
 def footer_length(name: str, trailer: bytes) -> int:
     """The footer's length from an object's last 16 bytes."""
     if len(trailer) != TRAILER.size:

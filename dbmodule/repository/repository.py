@@ -34,7 +34,7 @@ from dbmodule.repository.tables import TableReader
 from dbmodule.repository.writer import FrameWriter
 
 DESCRIPTION = "repository.json"
-_CLUSTER = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
+_CLUSTER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 
 def check_cluster_name(name: str) -> str:
@@ -42,7 +42,7 @@ def check_cluster_name(name: str) -> str:
     if _CLUSTER.fullmatch(name) is None:
         raise UsageError(
             f"not a cluster name: {name[:80]!r}",
-            hint="Use up to 63 lower-case letters, digits, - and _.",
+            hint="Use up to 63 letters, digits, dots, - and _, a letter or digit first.",
         )
     return name
 
@@ -119,14 +119,17 @@ class Repository:
             raise CorruptObjectError(f"{name}: holds the manifest of another backup")
         return manifest, digest
 
-    def manifests(self, cluster: str) -> dict[BackupId, Manifest]:
-        """All committed backups of a cluster, oldest first."""
+    def backup_ids(self, cluster: str) -> list[BackupId]:
+        """The committed backups of a cluster, oldest first; their manifests may be damaged."""
         prefix = f"manifests/{check_cluster_name(cluster)}/"
-        found = {}
-        for name in self.store.list(prefix):
-            backup = BackupId(name.removeprefix(prefix).removesuffix(".json"))
-            found[backup] = self.manifest(cluster, backup)[0]
-        return found
+        return [
+            BackupId(name.removeprefix(prefix).removesuffix(".json"))
+            for name in self.store.list(prefix)
+        ]
+
+    def manifests(self, cluster: str) -> dict[BackupId, Manifest]:
+        """All committed backups of a cluster, oldest first; `CorruptObjectError`."""
+        return {backup: self.manifest(cluster, backup)[0] for backup in self.backup_ids(cluster)}
 
     def check_chain(self, chain: list[Manifest]) -> list[str]:
         """The manifests' hashes, after proving that each names its baseline's.

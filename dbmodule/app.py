@@ -1,0 +1,214 @@
+"""The library as one object: builds everything from a frozen `Config` and runs the use cases."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections.abc import Mapping
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+from dbmodule import doctor, listing, setup, verify
+from dbmodule.agent import Agent, AgentTiming
+from dbmodule.backup.run import take_backup
+from dbmodule.backup.steps import Environment, read_control_file
+from dbmodule.catalog import SqlCatalog, SqlJobQueue
+from dbmodule.config import Config
+from dbmodule.datafile import CONTROL_FILE, tablespace_version_directory
+from dbmodule.errors import UsageError
+from dbmodule.ident import BackupId
+from dbmodule.manifest import Manifest
+from dbmodule.notify import open_listener
+from dbmodule.pgdata.source import LocalDataDirectory, host_boot_id
+from dbmodule.pgdata.target import LocalTargetDirectory, staged_name
+from dbmodule.ports import Cancelled, Job, Progress, never_cancelled, no_progress
+from dbmodule.postgres import extension
+from dbmodule.postgres.server import PsycopgServer
+from dbmodule.reports import (
+    BackupDetails,
+    BackupOptions,
+    BackupReport,
+    CheckReport,
+    InitReport,
+    RestoreOptions,
+    RestoreReport,
+    VerifyReport,
+)
+from dbmodule.repository.repository import Repository
+from dbmodule.restore.run import RestoreRequest, restore
+from dbmodule.storage import open_store
+
+
+class App:
+    """What the command line, the agent and other programs call. Nothing is connected at first."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+
+    @classmethod
+    def open(cls, config: Config) -> App:
+        return cls(config)
+
+    # -- set-up ---------------------------------------------------------------------------------
+
+    def init(self, *, config_path: Path, extension: bool) -> InitReport:
+        """Create what is missing; safe to run again. See `dbmodule.setup`."""
+        return setup.init(self._config, config_path=config_path, with_extension=extension)
+
+    def check(self) -> CheckReport:
+        """Is everything in place for a backup that will restore?"""
+        return doctor.check(self._config)
+
+    def install_extension(self, *, directory: Path | None) -> list[str]:
+        """Files into the server's extension directory, or plain SQL; what was done."""
+        return setup.install_extension(self._config.server.dsn, directory)
+
+    # -- backups --------------------------------------------------------------------------------
+
+    def backup(
+        self,
+        options: BackupOptions,
+        *,
+        progress: Progress = no_progress,
+        cancelled: Cancelled = never_cancelled,
+        job_id: int | None = None,
+    ) -> BackupReport:
+        """Take one backup; raises a `DbmoduleError`, in which case there is none."""
+        with ExitStack() as stack:
+            environment = self._environment(options, stack)
+            manifest = take_backup(
+                environment, options, job_id=job_id, progress=progress, cancelled=cancelled
+            )
+        return listing.to_report(manifest)
+
+    def _environment(self, options: BackupOptions, stack: ExitStack) -> Environment:
+        repository = self._repository()
+        settings = self._config.server
+        server, catalog = None, None
+        if options.offline:
+            root = settings.pgdata
+            if root is None:
+                raise UsageError(
+                    "an offline backup needs to know the data directory",
+                    hint="Set server.pgdata.",
+                )
+            version = LocalDataDirectory(root)
+            _, control = read_control_file(version)
+            major = int((version.read("PG_VERSION") or b"0").strip() or 0)
+            directory = tablespace_version_directory(major, control.catalog_version)
+        else:
+            server = stack.enter_context(closing(PsycopgServer(settings.dsn)))
+            identity = server.identify()
+            root = settings.pgdata or Path(identity.data_directory)
+            directory = tablespace_version_directory(identity.major, identity.catalog_version)
+            if extension.installed_version(settings.dsn) is not None:
+                catalog = SqlCatalog(settings.dsn)
+        return Environment(
+            repository=repository,
+            cluster=self._config.repository.cluster,
+            directory=LocalDataDirectory(root, directory),
+            server=server,
+            catalog=catalog,
+            boot_id=host_boot_id(),
+            threads=self._config.backup.threads,
+            compression_level=self._config.repository.compression_level,
+        )
+
+    def backups(self) -> list[BackupReport]:
+        """All backups of the cluster, oldest first."""
+        return [listing.to_report(manifest) for manifest in self._manifests().values()]
+
+    def show(self, backup: str) -> BackupDetails:
+        """One backup, by id or ``latest``."""
+        repository = self._repository()
+        manifests = repository.manifests(self._config.repository.cluster)
+        chosen = listing.resolve(manifests, backup)
+        manifest, digest = repository.manifest(self._config.repository.cluster, chosen)
+        return listing.to_details(manifests, manifest, digest)
+
+    # -- restore and verification ---------------------------------------------------------------
+
+    def restore(
+        self,
+        options: RestoreOptions,
+        *,
+        progress: Progress = no_progress,
+        cancelled: Cancelled = never_cancelled,
+    ) -> RestoreReport:
+        """Write a data directory that starts; raises a `DbmoduleError`."""
+        repository = self._repository()
+        manifests = repository.manifests(self._config.repository.cluster)
+        request = RestoreRequest(
+            backup=listing.resolve(manifests, options.backup),
+            target=options.target.absolute(),
+            tablespace_map=options.tablespace_map,
+            threads=self._config.backup.threads,
+        )
+        return restore(
+            repository,
+            manifests,
+            request,
+            open_target=LocalTargetDirectory,
+            path_exists=os.path.lexists,
+            staged_control=staged_name(CONTROL_FILE),
+            progress=progress,
+            cancelled=cancelled,
+        )
+
+    def verify(
+        self,
+        backup: str | None,
+        *,
+        progress: Progress = no_progress,
+        cancelled: Cancelled = never_cancelled,
+    ) -> VerifyReport:
+        """Re-read what is stored for one backup, or the whole repository for None."""
+        repository = self._repository()
+        cluster = self._config.repository.cluster
+        wanted: list[BackupId] | None = None
+        if backup is not None:
+            wanted = [listing.resolve_loosely(repository.backup_ids(cluster), backup)]
+        return verify.verify(
+            repository,
+            cluster,
+            wanted,
+            threads=self._config.backup.threads,
+            progress=progress,
+            cancelled=cancelled,
+        )
+
+    # -- agent ----------------------------------------------------------------------------------
+
+    def run_agent(self, *, stop: threading.Event) -> None:
+        """Carry out jobs that SQL functions enqueue, until `stop` is set."""
+        dsn = self._config.server.dsn
+        agent = Agent(
+            f"{socket.gethostname()}:{os.getpid()}",
+            open_queue=lambda: SqlJobQueue(dsn),
+            open_listener=lambda: open_listener(dsn),
+            run=self._run_job,
+            find_backup=self._find_backup,
+            timing=AgentTiming(poll=self._config.agent.poll_seconds),
+        )
+        agent.run_forever(stop)
+
+    def _run_job(self, job: Job, progress: Progress, cancelled: Cancelled) -> BackupReport:
+        options = BackupOptions(
+            type=job.type, label=job.label, baseline_id=job.baseline_id, detect=job.detect
+        )
+        return self.backup(options, progress=progress, cancelled=cancelled, job_id=job.job_id)
+
+    def _find_backup(self, job_id: int) -> BackupReport | None:
+        for manifest in self._manifests().values():
+            if manifest.job_id == job_id:
+                return listing.to_report(manifest)
+        return None
+
+    # -- parts ----------------------------------------------------------------------------------
+
+    def _repository(self) -> Repository:
+        return Repository.open(open_store(self._config.repository.url))
+
+    def _manifests(self) -> Mapping[BackupId, Manifest]:
+        return self._repository().manifests(self._config.repository.cluster)

@@ -1,0 +1,106 @@
+"""Manifests as reports: what `list` and `show` answer, and what a backup answers when done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from dbmodule.chain import chain_of, dependents_of, newest
+from dbmodule.errors import NoBaselineError, UsageError
+from dbmodule.ident import BackupId, format_lsn, parse_backup_id
+from dbmodule.manifest import Manifest
+from dbmodule.reports import BackupDetails, BackupReport, CorruptPage
+
+LATEST = "latest"
+
+
+def resolve(backups: Mapping[BackupId, Manifest], name: str) -> BackupId:
+    """A backup id from an id or ``latest``; raises `UsageError` or `NoBaselineError`."""
+    if name == LATEST:
+        found = newest(list(backups.values()))
+        if found is None:
+            raise NoBaselineError(
+                "the repository holds no backup of this cluster",
+                hint="Take one: dbmodule backup full.",
+            )
+        return found.backup_id
+    backup = parse_backup_id(name)
+    if backup not in backups:
+        raise UsageError(
+            f"there is no backup {backup}", hint="`dbmodule list` shows the ids that exist."
+        )
+    return backup
+
+
+def to_report(manifest: Manifest) -> BackupReport:
+    """What a person or script wants to know of one backup."""
+    return BackupReport(
+        backup_id=manifest.backup_id,
+        type=manifest.type,
+        baseline_id=manifest.baseline_id,
+        status=manifest.status,
+        label=manifest.label,
+        cluster=manifest.cluster,
+        system_identifier=str(manifest.system_identifier),
+        server_version=manifest.server_version,
+        timeline=manifest.timeline,
+        start_lsn=format_lsn(manifest.start_lsn),
+        stop_lsn=format_lsn(manifest.stop_lsn),
+        detector=manifest.detector,
+        detector_reason=manifest.detector_reason,
+        files_total=manifest.files_total,
+        files_read=manifest.files_read,
+        files_skipped=manifest.files_skipped,
+        pages_total=manifest.pages_total,
+        pages_changed=manifest.pages_changed,
+        pages_stored=manifest.pages_stored,
+        bytes_total=manifest.bytes_total,
+        bytes_read=manifest.bytes_read,
+        bytes_changed=manifest.bytes_changed,
+        bytes_stored=manifest.bytes_stored,
+        wal_bytes=manifest.wal_bytes,
+        pages_verified=manifest.pages_verified,
+        corrupt_pages=manifest.corrupt_pages,
+        divergent_pages=manifest.divergent_pages,
+        hint_pages=manifest.hint_pages,
+        started_at=manifest.started_at.isoformat(),
+        finished_at=manifest.finished_at.isoformat(),
+        seconds=round((manifest.finished_at - manifest.started_at).total_seconds(), 3),
+        phases=manifest.phases,
+    )
+
+
+def to_details(
+    backups: Mapping[BackupId, Manifest], manifest: Manifest, digest: str
+) -> BackupDetails:
+    """A backup with its chain, its dependents and its problems."""
+    return BackupDetails(
+        backup=to_report(manifest),
+        chain=[m.backup_id for m in chain_of(backups, manifest.backup_id)],
+        dependents=[str(b) for b in dependents_of(backups, manifest.backup_id)],
+        corruption=[
+            CorruptPage(c.path, c.block, format_lsn(c.lsn), c.expected, c.actual)
+            for c in manifest.corruption
+        ],
+        tablespaces=manifest.tablespaces,
+        manifest_hash=digest,
+    )
+
+
+def resolve_loosely(ids: Sequence[BackupId], name: str) -> BackupId:
+    """As `resolve`, from ids alone: what is to be verified may not be readable.
+
+    ``latest`` is the one that started last.
+    """
+    if name == LATEST:
+        if not ids:
+            raise NoBaselineError(
+                "the repository holds no backup of this cluster",
+                hint="Take one: dbmodule backup full.",
+            )
+        return max(ids)
+    backup = parse_backup_id(name)
+    if backup not in ids:
+        raise UsageError(
+            f"there is no backup {backup}", hint="`dbmodule list` shows the ids that exist."
+        )
+    return backup

@@ -1,0 +1,229 @@
+"""One restore from beginning to end: decide, write every file once, make it durable, commit.
+
+The commit is putting ``global/pg_control`` in place. Until then no server starts on the target,
+and a marker says why.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from dbmodule import wal
+from dbmodule.chain import chain_of
+from dbmodule.datafile import CONTROL_FILE, RECREATED_DIRECTORIES
+from dbmodule.errors import CancelledError
+from dbmodule.ident import BackupId
+from dbmodule.manifest import Manifest
+from dbmodule.ports import Cancelled, Progress, TargetDirectory
+from dbmodule.registry import EntryKind
+from dbmodule.reports import RestoreReport
+from dbmodule.repository.chainview import ChainView
+from dbmodule.repository.repository import Repository
+from dbmodule.repository.tables import FileEntry
+from dbmodule.restore import pg_manifest, plan, recovery
+from dbmodule.restore.files import FileCounts, write_file
+from dbmodule.restore.pg_manifest import RestoredFile
+
+_NOT_IN_PG_MANIFEST = ("pg_wal/", recovery.AUTO_CONF)
+BATCH_BYTES = 8 << 20
+BATCH_FILES = 64
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreRequest:
+    backup: BackupId
+    target: Path
+    tablespace_map: Mapping[str, Path]
+    threads: int
+
+
+OpenTarget = Callable[[Path, Mapping[str, Path], str], TargetDirectory]
+"""(root, OID → location, owner) → the adapter that writes there."""
+
+
+def restore(
+    repository: Repository,
+    backups: dict[BackupId, Manifest],
+    request: RestoreRequest,
+    *,
+    open_target: OpenTarget,
+    path_exists: Callable[[str], bool],
+    staged_control: str,
+    progress: Progress,
+    cancelled: Cancelled,
+) -> RestoreReport:
+    """Write the data directory that `request.backup` describes.
+
+    Raises a `DbmoduleError`; then the target is unusable, and says so, or was not touched.
+    """
+    began = time.monotonic()
+    phases: dict[str, float] = {}
+    progress("prepare", 0, 0)
+    chain = chain_of(backups, request.backup)
+    repository.check_chain(chain)
+    manifest = chain[-1]
+    locations = plan.map_tablespaces(manifest, request.tablespace_map, request.target)
+    plan.check_replay(
+        manifest, {path: path_exists(path) for path in manifest.created_tablespaces.values()}
+    )
+    view = ChainView(repository, chain)
+    entries = list(view.files.values())
+    plan.check_paths(entries, locations)
+    target = open_target(request.target, locations, manifest.owner)
+    target.begin()
+    _make_directories(target, entries)
+    phases["prepare"] = round(time.monotonic() - began, 3)
+
+    copying = time.monotonic()
+    files = [e for e in entries if e.kind in (EntryKind.RELATION, EntryKind.CONTENT)]
+    total = FileCounts()
+    restored: list[RestoredFile] = []
+    expected = sum(entry.size for entry in files)
+    done = 0
+
+    def write(batch: list[FileEntry]) -> list[tuple[RestoredFile, FileCounts]]:
+        return [_write_one(repository, view, target, e, staged_control) for e in batch]
+
+    with ThreadPoolExecutor(request.threads, thread_name_prefix="restore") as pool:
+        window: deque[Future[list[tuple[RestoredFile, FileCounts]]]] = deque()
+        waiting = _batches(files)
+        try:
+            while True:
+                while len(window) < 2 * request.threads:
+                    batch = next(waiting, None)
+                    if batch is None:
+                        break
+                    window.append(pool.submit(write, batch))
+                if not window:
+                    break
+                for file, counts in window.popleft().result():
+                    restored.append(file)
+                    total.bytes_written += counts.bytes_written
+                    total.frames_read += counts.frames_read
+                    total.pages_from.update(counts.pages_from)
+                    done += file.size
+                progress("write", done, expected)
+                if cancelled():
+                    raise CancelledError(
+                        "the restore was cancelled",
+                        hint=f"Remove {request.target}: it holds no usable cluster.",
+                    )
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+    phases["write"] = round(time.monotonic() - copying, 3)
+
+    finishing = time.monotonic()
+    progress("finish", 0, 0)
+    _write_recovery(target, manifest, entries, restored, _histories(backups.values(), manifest))
+    target.finish(CONTROL_FILE)
+    phases["finish"] = round(time.monotonic() - finishing, 3)
+    return RestoreReport(
+        backup_id=manifest.backup_id,
+        chain=[m.backup_id for m in chain],
+        target=target.path,
+        files=len(files),
+        bytes_written=total.bytes_written,
+        pages_from=_by_backup(total.pages_from, chain),
+        seconds=round(time.monotonic() - began, 3),
+        phases=phases,
+    )
+
+
+def _make_directories(target: TargetDirectory, entries: Iterable[FileEntry]) -> None:
+    for path in RECREATED_DIRECTORIES:
+        target.make_directory(path, 0o700)
+    ordered = sorted(entries, key=lambda e: e.path)
+    for entry in ordered:
+        if entry.kind is EntryKind.DIRECTORY and entry.path == "pg_tblspc":
+            target.make_directory(entry.path, entry.mode)
+    for entry in ordered:
+        if entry.kind is EntryKind.SYMLINK:
+            target.make_link(entry.path)
+    for entry in ordered:
+        if entry.kind is EntryKind.DIRECTORY:
+            target.make_directory(entry.path, entry.mode)
+
+
+def _batches(files: Iterable[FileEntry]) -> Iterator[list[FileEntry]]:
+    batch: list[FileEntry] = []
+    size = 0
+    for entry in files:
+        batch.append(entry)
+        size += entry.size
+        if size >= BATCH_BYTES or len(batch) >= BATCH_FILES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _write_one(
+    repository: Repository,
+    view: ChainView,
+    target: TargetDirectory,
+    entry: FileEntry,
+    staged_control: str,
+) -> tuple[RestoredFile, FileCounts]:
+    path = staged_control if entry.path == CONTROL_FILE else entry.path
+    file = target.create(path, entry.mode, entry.size)
+    try:
+        counts = write_file(view, repository.frames, entry.path, entry.size, file)
+    except BaseException:
+        file.abandon()
+        raise
+    return RestoredFile(entry.path, entry.size, file.finish()), counts
+
+
+def _write_recovery(
+    target: TargetDirectory,
+    manifest: Manifest,
+    entries: Iterable[FileEntry],
+    restored: list[RestoredFile],
+    histories: Mapping[str, str],
+) -> None:
+    """Label, recovery settings, known histories, missing configuration, and the manifests."""
+    paths = {entry.path for entry in entries}
+    links = {entry.path for entry in entries if entry.kind is EntryKind.SYMLINK}
+    in_place = any(
+        path.startswith("pg_tblspc/") and path.count("/") == 1 and path not in links
+        for path in paths
+    )
+
+    def add(path: str, data: bytes) -> None:
+        restored.append(RestoredFile(path, len(data), target.write(path, data)))
+
+    if manifest.backup_label:
+        add(recovery.LABEL, manifest.backup_label.encode())
+    for name, text in recovery.MINIMAL_CONFIGURATION.items():
+        if name not in paths:
+            add(name, text.encode())
+    settings = recovery.recovery_settings(manifest.backup_id, in_place_tablespaces=in_place)
+    before = target.read(recovery.AUTO_CONF) if recovery.AUTO_CONF in paths else b""
+    target.write(recovery.AUTO_CONF, before + settings.encode())
+    target.write(recovery.SIGNAL, b"")
+    for name, text in histories.items():
+        if f"pg_wal/{name}" not in paths:
+            target.write(f"pg_wal/{name}", text.encode())
+    listed = [f for f in restored if not f.path.startswith(_NOT_IN_PG_MANIFEST)]
+    data = pg_manifest.render(manifest, listed, datetime.now(UTC))
+    target.write(pg_manifest.NAME, data)
+
+
+def _histories(backups: Iterable[Manifest], manifest: Manifest) -> dict[str, str]:
+    """Histories of later timelines that the repository knows: a new one must not reuse them."""
+    return {
+        wal.history_name(other.timeline): other.history
+        for other in backups
+        if other.timeline > manifest.timeline and other.history
+    }
+
+
+def _by_backup(pages: Counter[int], chain: list[Manifest]) -> dict[str, int]:
+    return {m.backup_id: pages[number] for number, m in enumerate(chain)}
