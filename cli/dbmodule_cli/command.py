@@ -50,7 +50,7 @@ def _global_options() -> list[click.Parameter]:
         )
 
     return [
-        option("--config", "Configuration file.", type=click.Path(path_type=Path)),
+        option("--config", "Configuration file.", type=click.Path(path_type=Path), metavar="FILE"),
         option("--repo", "Repository, instead of the configured one.", metavar="URL"),
         option("--cluster", "Cluster's name in the repository.", metavar="NAME"),
         option("--json", "Print one JSON document.", is_flag=True),

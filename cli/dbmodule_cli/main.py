@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import io
 import logging
 import sys
 from collections.abc import Iterator, Sequence
@@ -60,6 +61,10 @@ def cli() -> None:
 
 def main() -> NoReturn:
     """``dbmodule``, as installed."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A label that the locale cannot show must not fail a backup that is done.
+            stream.reconfigure(errors="backslashreplace")
     sys.exit(run(sys.argv[1:]))
 
 

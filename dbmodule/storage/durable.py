@@ -72,11 +72,11 @@ def sync_directory(path: Path) -> None:
 
 
 def sweep(temporary: Path) -> None:
-    """Remove the temp files in `temporary` whose writers are dead."""
+    """Remove the temp files in `temporary` whose writers are dead, but not other users' files."""
     for path in temporary.glob("*" + _SUFFIX):
         try:
             fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
-        except FileNotFoundError:
+        except (FileNotFoundError, PermissionError):
             continue
         try:
             # Unlinked under the lock: see the check for it in _locked_temp_file.

@@ -127,7 +127,9 @@ class LocalStore:
                 found = sorted(
                     entry.name + ("/" if entry.is_dir() else "")
                     for entry in entries
-                    if entry.name.startswith(start) and is_segment(entry.name)
+                    if entry.name.startswith(start)
+                    and is_segment(entry.name)
+                    and (entry.is_dir() or entry.is_file())
                 )
         except _IS_MISSING:
             return

@@ -187,6 +187,22 @@ def test_a_closed_pipe_is_no_traceback(environment: dict[str, str]) -> None:
     assert (result.returncode, result.stderr) == (1, "")
 
 
+def test_a_locale_that_lacks_a_character_is_no_error(environment: dict[str, str]) -> None:
+    program = _PROGRAM.replace(
+        "class App(fake_app.App):",
+        "fake_app.App.answers['backups'] = [fake_app.backup_report(label='表')]\n"
+        "class App(fake_app.App):",
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program, "list"],
+        env=environment | {"PYTHONIOENCODING": "latin-1"},
+        capture_output=True,
+        timeout=20,
+    )
+    assert (result.returncode, result.stderr) == (0, b"")
+    assert rb"\u8868" in result.stdout
+
+
 def test_a_full_disk_under_standard_output_is_an_error(environment: dict[str, str]) -> None:
     with open("/dev/full", "w") as full:
         result = subprocess.run(

@@ -280,7 +280,7 @@ def test_foreign_files_are_not_objects(local: LocalStore, tmp_path: Path) -> Non
     (tmp_path / "repository" / "lost+found").mkdir()
     (tmp_path / "repository" / "a file").write_text("")
     os.mkfifo(tmp_path / "repository" / "pipe")
-    assert [name for name in local.list("") if name != "pipe"] == ["a"]
+    assert list(local.list("")) == ["a"]
 
 
 def test_the_order_of_syncs_makes_the_link_durable(

@@ -211,6 +211,12 @@ def test_only_what_was_set_is_rendered_as_a_setting(file: Path) -> None:
     assert "\n# threads = " in rendered
 
 
+def test_the_documented_example_is_valid(file: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text()
+    file.write_text(page.split("```toml\n")[1].split("```")[0])
+    assert load_config(file).repository.cluster == "orders"
+
+
 def test_every_key_is_documented() -> None:
     page = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text()
     for section, field in Config.model_fields.items():
