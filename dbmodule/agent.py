@@ -98,8 +98,7 @@ class Agent:
                     with closing(self._open_listener()) as listener:
                         self._put_back_unfinished(queue)
                         logger.info("agent %s is at work", self._name)
-                        retry.reset()
-                        self._serve(queue, listener, stop)
+                        self._serve(queue, listener, stop, retry)
             except ServerError as error:
                 delay = retry.next_delay()
                 logger.warning("%s (%s) Connecting again in %.1f s.", error, error.hint, delay)
@@ -122,9 +121,13 @@ class Agent:
             logger.warning("job %d was left unfinished by an agent; put back", job.job_id)
             queue.requeue(job.job_id)
 
-    def _serve(self, queue: JobQueue, listener: Listener, stop: threading.Event) -> None:
+    def _serve(
+        self, queue: JobQueue, listener: Listener, stop: threading.Event, retry: _Backoff
+    ) -> None:
         while not stop.is_set():
             job = queue.claim(self._name)
+            # Not before: a standby lets itself be connected to and read, and refuses this.
+            retry.reset()
             if job is not None:
                 _Execution(job, self, stop).carry_out(queue)
                 continue
