@@ -18,8 +18,8 @@ from dbmodule.ident import Lsn, SystemId, Timeline, parse_lsn
 from dbmodule.ports import ServerIdentity, StoppedBackup
 
 LOWEST_VERSION = 150000
-LOCK_CLASS = 0x64626D6F  # "dbmo"
-LOCK_BACKUP = 1
+BACKUP_LOCK = (0x64626D6F, 2)
+"""Advisory lock of a running backup: "dbmo", 2. The agent's own is "dbmo", 1."""
 
 _TIMEOUTS = (
     "statement_timeout",
@@ -142,7 +142,7 @@ class PsycopgServer:
         )
 
     def lock(self) -> None:
-        taken = self._one("SELECT pg_try_advisory_lock(%s, %s)", (LOCK_CLASS, LOCK_BACKUP))[0]
+        taken = self._one("SELECT pg_try_advisory_lock(%s, %s)", BACKUP_LOCK)[0]
         if not taken:
             raise LockedError(
                 "another backup of this cluster is running",
