@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing, suppress
+from datetime import datetime
 
 from dbmodule.errors import CancelledError, DbmoduleError, LockedError, RepositoryError, ServerError
 from dbmodule.ident import BackupId
@@ -37,7 +38,7 @@ It must record the job's id with the backup, for `FindBackup`, and raise `Cancel
 `Cancelled` says so.
 """
 FindBackup = Callable[[int], BackupReport | None]
-"""The committed backup that carries this job id, if there is one."""
+"""The latest committed backup that carries this job id, if there is one."""
 
 _STOP_LOOK_SECONDS = 0.5
 
@@ -188,7 +189,7 @@ class _Execution:
         may_exist = self._job.attempts > 1
         while True:
             try:
-                found = self._agent._find_backup(self._job.job_id) if may_exist else None
+                found = self._find_own_backup() if may_exist else None
             except RepositoryError as error:
                 # Not knowing, it may neither be run again nor be called failed.
                 logger.warning("job %d waits for the repository: %s", self._job.job_id, error)
@@ -209,6 +210,19 @@ class _Execution:
                 logger.info("job %d waits: %s", self._job.job_id, error)
                 self._await_turn("waiting for another run")
                 may_exist = True
+
+    def _find_own_backup(self) -> BackupReport | None:
+        """The backup that this job made before; one of a namesake, older than it, does not count.
+
+        The agent runs on the server's host, so both times are of one clock; the report's may be
+        cut to seconds.
+        """
+        found = self._agent._find_backup(self._job.job_id)
+        asked = self._job.requested_at
+        if found is None or asked is None:
+            return found
+        started = datetime.fromisoformat(found.started_at)
+        return found if started >= asked.replace(microsecond=0) else None
 
     def _await_turn(self, phase: str) -> None:
         self._board(phase, 0, 0)

@@ -292,6 +292,8 @@ class Job:
     detect: str
     attempts: int = 1
     """How often it was claimed, this time included; above 1 its backup may exist already."""
+    requested_at: datetime | None = None
+    """Job ids begin anew with a new extension: what is older than this belongs to another job."""
 
 
 class JobQueue(Protocol):

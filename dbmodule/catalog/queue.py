@@ -30,6 +30,7 @@ _FIELDS = (
     job.c.label,
     job.c.detect,
     job.c.attempts,
+    job.c.requested_at,
 )
 
 
@@ -166,6 +167,7 @@ def _job(row: RowMapping) -> Job:
         label=row["label"],
         detect=row["detect"],
         attempts=row["attempts"],
+        requested_at=row["requested_at"],
     )
 
 

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 
 from dbmodule.agent import Agent, AgentTiming
@@ -53,7 +54,7 @@ def report_for(job_id: int) -> BackupReport:
         corrupt_pages=0,
         divergent_pages=0,
         hint_pages=0,
-        started_at="",
+        started_at=datetime.now(UTC).isoformat(timespec="seconds"),
         finished_at="",
         seconds=0.0,
         phases={},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -369,6 +370,22 @@ def test_an_unreachable_repository_keeps_a_recovered_job_waiting(
         await_state(db, job, "completed")
     assert outages == 0
     assert backups.lines() == []
+
+
+def test_an_older_backup_of_another_job_with_the_same_id_does_not_count(
+    db: Database, backups: LedgerBackups
+) -> None:
+    def find(job_id: int) -> BackupReport | None:
+        return dataclasses.replace(report_for(job_id), started_at="2026-01-31T23:59:59+00:00")
+
+    job = enqueue(db)
+    db.execute(
+        "UPDATE dbmodule.job SET state = 'running', claimed_by = 'gone', claimed_at = now(), "
+        "attempts = 1, requested_at = '2026-02-01 00:00:00+00'"
+    )
+    with at_work(agent_with(db, backups.run, find)):
+        await_state(db, job, "completed")
+    assert backups.lines() == [f"start {job}", f"commit {job}"]
 
 
 def test_a_job_that_ends_every_agent_is_given_up(db: Database, backups: LedgerBackups) -> None:
