@@ -39,6 +39,8 @@ class Invocation:
         self.interrupts = Interrupts(self._last_words)
         self.stopped_state = "Nothing was changed."
         """What a stop leaves behind, as the hint of the message that reports it."""
+        self.abandoned_state = ""
+        """The same for the exit at the second signal, where that is something else."""
 
     def load_config(
         self, *, server: Mapping[str, object] | None = None, missing_ok: bool = False
@@ -101,7 +103,7 @@ class Invocation:
         error = {
             "code": "cancelled",
             "message": f"exited at once on the second signal ({number.name})",
-            "hint": f"The orderly stop was cut short. {self.stopped_state}",
+            "hint": f"The orderly stop was cut short. {self.abandoned_state or self.stopped_state}",
         }
         if self.json:
             os.write(_STDOUT, to_json({"error": error}).encode())

@@ -38,6 +38,7 @@ def command(invocation: Invocation, scale: int, keep: Path | None) -> int:
     invocation.stopped_state = (
         f"{keep} was left as it was." if keep else "The demo's server and files were removed."
     )
+    invocation.abandoned_state = f"The demo's server may still run, in {keep or 'a temporary directory'}: stop and remove it."
     with invocation.progress() as progress:
         report = run_demo(scale, keep and keep.absolute(), progress)
 
