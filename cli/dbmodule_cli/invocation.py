@@ -19,7 +19,6 @@ from dbmodule_cli.output import Printer, is_terminal, make_printer
 
 if TYPE_CHECKING:
     from dbmodule.app import App
-
     from dbmodule.config import Config
     from dbmodule.ports import Progress
 

@@ -38,7 +38,8 @@ def command(invocation: Invocation, scale: int, keep: Path | None) -> int:
     invocation.stopped_state = (
         f"{keep} was left as it was." if keep else "The demo's server and files were removed."
     )
-    invocation.abandoned_state = f"The demo's server may still run, in {keep or 'a temporary directory'}: stop and remove it."
+    where = keep or "a temporary directory"
+    invocation.abandoned_state = f"Its server may still run, in {where}: stop and remove it."
     with invocation.progress() as progress:
         report = run_demo(scale, keep and keep.absolute(), progress)
 
