@@ -1,0 +1,74 @@
+"""A chain of real backups, and what the library restores from it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dbmodule.app import App
+from dbmodule.config import Config, RepositorySection, ServerSection
+from dbmodule.ident import BackupType
+from dbmodule.reports import BackupOptions, RestoreOptions
+from tests.fix_cluster import ClusterFactory, Clusters
+
+
+@pytest.fixture(scope="module")
+def workshop(clusters: Clusters) -> Iterator[Path]:
+    """A directory for the module, with a short path."""
+    path = clusters.directory()
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture(scope="module")
+def chain_app(workshop: Path, make_module_cluster: ClusterFactory, clusters: Clusters) -> App:
+    """Full, differential and incremental backups of one server, and every way of changing files."""
+    cluster = make_module_cluster()
+    app = App.open(
+        Config(
+            server=ServerSection(dsn=cluster.dsn(), pgdata=cluster.datadir),
+            repository=RepositorySection(url=str(workshop / "repository")),
+        )
+    )
+    app.init(config_path=workshop / "dbmodule.toml", extension=True)
+    location = clusters.directory()
+    cluster.execute(f"CREATE TABLESPACE elsewhere LOCATION '{location}'")
+    cluster.execute(
+        "CREATE TABLE kept AS SELECT n, repeat('k', 200) FROM generate_series(1, 9000) n"
+    )
+    cluster.execute("CREATE TABLE grown AS SELECT n FROM generate_series(1, 1000) n")
+    cluster.execute("CREATE TABLE shrunk AS SELECT n FROM generate_series(1, 50000) n")
+    cluster.execute("CREATE TABLE dropped AS SELECT n FROM generate_series(1, 1000) n")
+    cluster.execute("CREATE TABLE away (n int) TABLESPACE elsewhere")
+    cluster.execute("CREATE UNLOGGED TABLE fleeting (n int)")
+    app.backup(BackupOptions(BackupType.FULL, label="“first”"))
+    cluster.execute("UPDATE kept SET n = -n WHERE n % 1000 = 0")
+    cluster.execute("INSERT INTO grown SELECT n FROM generate_series(1, 100000) n")
+    cluster.execute("INSERT INTO away SELECT n FROM generate_series(1, 5000) n")
+    cluster.execute("DROP TABLE dropped")
+    app.backup(BackupOptions(BackupType.DIFF))
+    cluster.execute("DELETE FROM shrunk WHERE n > 1000")
+    cluster.execute("VACUUM shrunk")
+    cluster.execute("UPDATE kept SET n = n + 1 WHERE n % 777 = 0")
+    cluster.execute("CREATE DATABASE copied TEMPLATE postgres STRATEGY FILE_COPY")
+    app.backup(BackupOptions(BackupType.INCR))
+    return app
+
+
+@pytest.fixture(scope="module")
+def long_chain(workshop: Path, chain_app: App) -> tuple[Path, list[str]]:
+    """The repository, and its backups from the full down."""
+    return workshop / "repository", chain_app.show("latest").chain
+
+
+@pytest.fixture(scope="module")
+def library_restore(workshop: Path, chain_app: App) -> Path:
+    """The latest backup as the library restores it."""
+    target = workshop / "restored"
+    tablespaces = chain_app.show("latest").tablespaces
+    mapping = {source: workshop / f"tablespace{oid}" for oid, source in tablespaces.items()}
+    chain_app.restore(RestoreOptions(target=target, tablespace_map=mapping))
+    return target
