@@ -1,0 +1,253 @@
+"""Backups whose repository fails at every write in turn: nothing half done is ever a backup.
+
+After each failure the earlier backups are listed, sound and restore to the same bytes, and the
+next backup works. The data directory is a tiny one (see `tests.fault.mini`), with packs so small
+that a backup makes several; the last test does the same on a running server.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from dbmodule.app import App
+from dbmodule.backup.run import take_backup
+from dbmodule.backup.steps import Environment
+from dbmodule.config import Config
+from dbmodule.datafile import tablespace_version_directory
+from dbmodule.errors import RepositoryError
+from dbmodule.ident import BackupId, BackupType
+from dbmodule.pgdata.source import LocalDataDirectory
+from dbmodule.ports import never_cancelled, no_progress
+from dbmodule.postgres.server import PsycopgServer
+from dbmodule.reports import BackupOptions, RestoreOptions
+from dbmodule.repository.repository import Repository
+from dbmodule.repository.writer import FrameWriter
+from dbmodule.storage import LocalStore
+from tests.fault import mini
+from tests.fault.fault_store import Fault, FaultStore
+from tests.fix_cluster import ClusterFactory, Clusters
+
+PACK_BYTES = 24 << 10
+MOST_WRITES = 60
+RAISING = (Fault.BEFORE, Fault.FULL, Fault.AFTER)
+KILLING = (Fault.KILL_BEFORE, Fault.KILL_WITHIN, Fault.KILL_AFTER)
+REPOSITORY_ROOT = Path(__file__).parents[2]
+
+
+class Scene:
+    """A mini cluster and its repository, with what each committed backup must restore to."""
+
+    def __init__(self, source: Path, base: Path) -> None:
+        self.root = base / "data"
+        self.base = base
+        self.store = LocalStore(base / "repo")
+        self.known: dict[BackupId, dict[str, bytes]] = {}
+        self._restores = 0
+        mini.make_mini(source, self.root)
+        Repository.create(self.store)
+
+    def back_up(self, kind: BackupType, store: FaultStore | None = None) -> int:
+        """A backup; gives the bytes that it stored."""
+        manifest = mini.back_up(store or self.store, self.root, kind)
+        self.known[manifest.backup_id] = mini.contents(self.root)
+        return manifest.bytes_stored
+
+    def check(self) -> None:
+        """Exactly the committed backups are listed, all are sound, the last one restores."""
+        listed = Repository.open(self.store).backup_ids(mini.CLUSTER)
+        assert set(listed) == set(self.known)
+        report = mini.verify_all(self.store)
+        assert (report.status, report.damage) == ("sound", [])
+        for backup in sorted(self.known)[-2:]:
+            self.restore(backup)
+
+    def restore(self, backup: BackupId) -> None:
+        self._restores += 1
+        target = self.base / f"restored-{self._restores}"
+        mini.restore_to(self.store, backup, target)
+        expected = self.known[backup]
+        assert mini.restored_contents(target, expected) == expected
+
+    def accept_late_commit(self, before: set[BackupId]) -> None:
+        """A backup whose very last answer was lost is a whole one: what happened must be so."""
+        for backup in set(Repository.open(self.store).backup_ids(mini.CLUSTER)) - before:
+            self.known[backup] = mini.contents(self.root)
+
+
+@pytest.fixture(scope="module")
+def stopped_cluster(clusters: Clusters) -> Path:
+    cluster = clusters.at(clusters.directory() / "data", 18)
+    cluster.init(wal_segsize_mb=1, extra_args=["--no-sync"])
+    return cluster.datadir
+
+
+@pytest.fixture
+def scene(stopped_cluster: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Scene:
+    monkeypatch.setattr(FrameWriter, "PACK_BYTES", PACK_BYTES)
+    return Scene(stopped_cluster, tmp_path)
+
+
+def fail_at_every_write(scene: Scene, kind: BackupType, fault: Fault) -> int:
+    """Let write 1, 2, 3 … fail until a backup succeeds; gives how many failed."""
+    for number in range(1, MOST_WRITES):
+        store = FaultStore(scene.store, number, fault)
+        before = set(scene.known)
+        try:
+            scene.back_up(kind, store)
+        except RepositoryError as error:
+            assert store.struck
+            assert error.exit_code == 5
+        else:
+            assert not store.struck
+            scene.check()
+            return number - 1
+        if fault is Fault.AFTER:
+            scene.accept_late_commit(before)
+        scene.check()
+    raise AssertionError("the backup never succeeded")
+
+
+@pytest.mark.parametrize("fault", RAISING)
+def test_full_survives_a_failure_of_any_write(scene: Scene, fault: Fault) -> None:
+    scene.back_up(BackupType.FULL)
+    mini.change_state(scene.root, 1)
+    # The binding of the name, an index, the root and the manifest, beside any packs.
+    assert fail_at_every_write(scene, BackupType.FULL, fault) >= 4
+
+
+@pytest.mark.parametrize("fault", RAISING)
+def test_diff_survives_a_failure_of_any_write(scene: Scene, fault: Fault) -> None:
+    scene.back_up(BackupType.FULL)
+    mini.change_state(scene.root, 1)
+    assert fail_at_every_write(scene, BackupType.DIFF, fault) >= 4
+    mini.change_state(scene.root, 2)
+    scene.back_up(BackupType.INCR)
+    scene.check()
+
+
+def test_work_of_a_failed_full_is_not_done_twice(scene: Scene) -> None:
+    whole = Scene(scene.root, scene.base / "other").back_up(BackupType.FULL)
+    # All but the manifest is written: packs, index, root.
+    counting = FaultStore(LocalStore(scene.base / "counted"))
+    Repository.create(counting)
+    mini.back_up(counting, scene.root, BackupType.FULL)
+    last = len(counting.writes) - 1  # without the description
+    assert counting.writes[-1].startswith("manifests/")
+    failing = FaultStore(scene.store, last, Fault.BEFORE)
+    with pytest.raises(RepositoryError):
+        scene.back_up(BackupType.FULL, failing)
+    assert scene.back_up(BackupType.FULL) < whole / 10
+    scene.check()
+
+
+def test_killed_at_any_write(scene: Scene) -> None:
+    scene.back_up(BackupType.FULL)
+    mini.change_state(scene.root, 1)
+    counting = FaultStore(scene.store)
+    scene.back_up(BackupType.DIFF, counting)
+    last = len(counting.writes)  # of a process that finds as much to store
+    plan = [(2, Fault.KILL_WITHIN), (3, Fault.KILL_AFTER), (last - 2, Fault.KILL_BEFORE)]
+    plan += [(last, Fault.KILL_BEFORE), (last, Fault.KILL_WITHIN), (last, Fault.KILL_AFTER)]
+    for step, (number, fault) in enumerate(plan, 2):
+        mini.change_state(scene.root, step)
+        before = set(scene.known)
+        code = run_killed(scene, BackupType.DIFF, number, fault)
+        assert code == -signal.SIGKILL, (number, fault)
+        if fault is Fault.KILL_AFTER:
+            scene.accept_late_commit(before)
+        scene.check()
+    mini.change_state(scene.root, 9)
+    # The first write through a new store removes what dead writers left.
+    scene.store = LocalStore(scene.base / "repo")
+    scene.back_up(BackupType.INCR)
+    scene.check()
+    assert list((scene.base / "repo" / "tmp").iterdir()) == []
+
+
+def run_killed(scene: Scene, kind: BackupType, number: int, fault: Fault) -> int:
+    command = [sys.executable, "-m", "tests.fault.killed_backup", str(scene.base / "repo")]
+    command += [str(scene.root), kind, str(number), fault, str(PACK_BYTES)]
+    path = os.pathsep.join([str(REPOSITORY_ROOT), os.environ.get("PYTHONPATH", "")])
+    result = subprocess.run(
+        command,
+        cwd=REPOSITORY_ROOT,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert "Traceback" not in result.stderr, result.stderr
+    return result.returncode
+
+
+def test_running_server_survives_a_failure_of_any_write(
+    make_cluster: ClusterFactory, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FrameWriter, "PACK_BYTES", 2 << 20)
+    cluster = make_cluster(18)
+    cluster.execute("CREATE TABLE t AS SELECT g, md5(g::text) AS m FROM generate_series(1, 5000) g")
+    url = str(scratch / "repo")
+    config = Config.model_validate(
+        {"server": {"dsn": cluster.dsn()}, "repository": {"url": url}, "backup": {"threads": 2}}
+    )
+    app = App.open(config)
+    app.init(config_path=scratch / "dbmodule.toml", extension=False)
+    committed = [app.backup(BackupOptions(BackupType.FULL)).backup_id]
+
+    def online(kind: BackupType, store: FaultStore) -> None:
+        server = PsycopgServer(cluster.dsn())
+        try:
+            identity = server.identify()
+            directory = tablespace_version_directory(identity.major, identity.catalog_version)
+            environment = Environment(
+                repository=Repository.open(store),
+                cluster=mini.CLUSTER,
+                directory=LocalDataDirectory(cluster.datadir, directory),
+                server=server,
+                catalog=None,
+                boot_id="",
+                threads=2,
+                compression_level=1,
+            )
+            manifest = take_backup(
+                environment,
+                BackupOptions(kind, detect="content"),
+                job_id=None,
+                progress=no_progress,
+                cancelled=never_cancelled,
+            )
+        finally:
+            server.close()
+        committed.append(manifest.backup_id)
+
+    for kind in (BackupType.FULL, BackupType.DIFF):
+        cluster.execute("UPDATE t SET m = md5(m) WHERE g % 50 = 0")
+        number = until_it_works(url, partial(online, kind))
+        assert number >= 5
+        assert [b.backup_id for b in app.backups()] == committed
+        assert cluster.query("SELECT * FROM pg_replication_slots") == []
+    assert app.verify(None).status == "sound"
+    app.restore(RestoreOptions(target=scratch / "restored"))
+    expected = (cluster.datadir / "base" / "1" / "1259").read_bytes()
+    assert (scratch / "restored" / "base" / "1" / "1259").read_bytes() == expected
+
+
+def until_it_works(url: str, back_up: Callable[[FaultStore], None]) -> int:
+    """Let write 1, 2, 3 … fail until the backup works; gives the number of writes it makes."""
+    for number in range(1, MOST_WRITES):
+        store = FaultStore(LocalStore(Path(url)), number)
+        try:
+            back_up(store)
+        except RepositoryError:
+            assert store.struck
+        else:
+            return number - 1
+    raise AssertionError("the backup never succeeded")
