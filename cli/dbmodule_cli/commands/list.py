@@ -39,7 +39,7 @@ def _show(printer: Printer, backups: Sequence[BackupReport]) -> None:
                 humane.age(backup.finished_at),
                 str(backup.pages_total),
                 str(backup.pages_changed),
-                humane.size(backup.bytes_stored + backup.wal_bytes),
+                humane.size(backup.bytes_stored),
                 humane.span(backup.seconds),
                 backup.label,
             )
