@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 from dbmodule.errors import BrokenChainError, NoBaselineError
@@ -34,11 +35,18 @@ def chain_of(backups: Mapping[BackupId, Manifest], backup: BackupId) -> list[Man
 
 
 def dependents_of(backups: Mapping[BackupId, Manifest], backup: BackupId) -> list[BackupId]:
-    """Backups that need `backup`, directly or not, oldest first."""
-    needed = {backup}
-    for candidate in sorted(backups.values(), key=lambda m: m.backup_id):
-        if candidate.baseline_id in needed:
-            needed.add(candidate.backup_id)
+    """Backups that need `backup`, directly or not, by id."""
+    # Ids do not always sort a baseline before its dependents: two may begin within one second,
+    # and clocks are set back.
+    children: dict[BackupId | None, list[BackupId]] = defaultdict(list)
+    for candidate in backups.values():
+        children[candidate.baseline_id].append(candidate.backup_id)
+    needed: set[BackupId] = set()
+    waiting = [backup]
+    while waiting:
+        fresh = [child for child in children[waiting.pop()] if child not in needed]
+        needed.update(fresh)
+        waiting.extend(fresh)
     return sorted(needed - {backup})
 
 
