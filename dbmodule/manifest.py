@@ -10,9 +10,10 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from dbmodule.errors import CorruptObjectError
+from dbmodule.errors import CorruptObjectError, UsageError
 from dbmodule.ident import (
     BackupId,
     BackupType,
@@ -155,6 +156,8 @@ def from_body(name: str, body: dict[str, Any]) -> Manifest:
             values[field_name] = parse_lsn(values[field_name])
         for field_name in _TIMES:
             values[field_name] = datetime.fromisoformat(values[field_name])
+            if values[field_name].tzinfo is None:
+                raise ValueError(f"{field_name} has no time zone")
         values["backup_id"] = parse_backup_id(values["backup_id"])
         if values["baseline_id"] is not None:
             values["baseline_id"] = parse_backup_id(values["baseline_id"])
@@ -165,6 +168,35 @@ def from_body(name: str, body: dict[str, Any]) -> Manifest:
             Corruption(**{**c, "lsn": parse_lsn(c["lsn"])}) for c in values["corruption"]
         )
         values["root"] = Root(**values["root"])
-        return Manifest(**values)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        manifest = Manifest(**values)
+        _check_types(manifest)
+    except (KeyError, TypeError, ValueError, AttributeError, UsageError) as error:
         raise CorruptObjectError(f"{name}: not a valid manifest: {error}") from error
+    return manifest
+
+
+_HINTS = {declared: get_type_hints(declared) for declared in (Manifest, Root, Mark, Corruption)}
+
+
+def _check_types(value: Any) -> None:
+    """Raise `TypeError` unless every field of a dataclass holds what it declares."""
+    for name, hint in _HINTS[type(value)].items():
+        if not _fits(getattr(value, name), hint):
+            raise TypeError(f"{name} is not of type {hint}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Is `value` of a type that a field of the manifest may declare?"""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, arm) for arm in arguments)
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(v, arguments[1]) for v in value.values())
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(v, arguments[0]) for v in value)
+    plain = getattr(hint, "__supertype__", hint)  # of a NewType
+    if isinstance(value, bool):
+        return plain is bool
+    if dataclasses.is_dataclass(value):
+        _check_types(value)
+    return isinstance(value, (int, float) if plain is float else plain)
