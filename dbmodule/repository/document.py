@@ -19,7 +19,9 @@ FORMAT = 1
 
 def seal(body: dict[str, Any], key: bytes | None) -> bytes:
     """Serialise `body`; `key` (32 bytes) makes the hash a keyed one."""
-    line = json.dumps(body, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode()
+    text = json.dumps(body, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    # A path that is not UTF-8 is a string with lone surrogates: \udcff is how JSON writes them.
+    line = text.encode("utf-8", "backslashreplace")
     return line + b"\n" + document_hash(line, key).encode() + b"\n"
 
 
