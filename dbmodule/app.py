@@ -200,10 +200,9 @@ class App:
         return self.backup(options, progress=progress, cancelled=cancelled, job_id=job.job_id)
 
     def _find_backup(self, job_id: int) -> BackupReport | None:
-        for manifest in self._manifests().values():
-            if manifest.job_id == job_id:
-                return listing.to_report(manifest)
-        return None
+        # Job ids start again when the extension is created anew: the newest backup counts.
+        found = [m for m in self._manifests().values() if m.job_id == job_id]
+        return listing.to_report(found[-1]) if found else None
 
     # -- parts ----------------------------------------------------------------------------------
 
