@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import re
 import time
-from dataclasses import replace
-
 from dbmodule.backup import baseline as ancestry
 from dbmodule.backup import walfiles
 from dbmodule.backup.copier import CopySettings
@@ -22,6 +20,18 @@ from dbmodule.ports import LineageMark, ServerIdentity
 from dbmodule.repository.tables import TableWriter
 
 _LABEL_TIMELINE = re.compile(r"^START TIMELINE: (\d+)$", re.MULTILINE)
+
+
+def _which_server(identity: ServerIdentity) -> tuple[object, ...]:
+    """What must stay the same throughout; settings may be reloaded meanwhile."""
+    return (
+        identity.system_identifier,
+        identity.timeline,
+        identity.in_recovery,
+        identity.started_at,
+        identity.data_directory,
+        identity.port,
+    )
 
 
 class Online(Run):
@@ -148,7 +158,7 @@ class Online(Run):
         match = _LABEL_TIMELINE.search(backup_label)
         if match is None or int(match[1]) != before.timeline:
             raise ServerError("the backup label names another timeline than the backup began on")
-        if replace(after, wal_log_hints=before.wal_log_hints) != before:
+        if _which_server(after) != _which_server(before):
             raise ServerError(
                 "the server was changed or restarted during the backup",
                 hint="Run the backup again.",
