@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import re
 import time
+
 from dbmodule.backup import baseline as ancestry
 from dbmodule.backup import walfiles
 from dbmodule.backup.copier import CopySettings
 from dbmodule.backup.steps import Copied, Run, position_of, read_control_file
 from dbmodule.errors import RefusedError, ServerError, WrongClusterError
-from dbmodule.ident import PAGE_SIZE, Lsn
+from dbmodule.ident import PAGE_SIZE, Lsn, format_lsn
 from dbmodule.manifest import Manifest, Mark
 from dbmodule.ports import LineageMark, ServerIdentity
 from dbmodule.repository.tables import TableWriter
@@ -61,6 +62,7 @@ class Online(Run):
                 self.options.label or str(self.backup_id),
                 fast=not self.options.spread_checkpoint,
             )
+        self._check_started(start_lsn)
         history = self.history(identity.timeline)
         now = position_of(identity, start_lsn, history)
         baseline, detector, reason = self.view(
@@ -149,6 +151,20 @@ class Online(Run):
                 f" port {identity.port}: its postmaster.pid says otherwise",
                 hint=f"The server's data directory is {identity.data_directory}: set"
                 " server.pgdata to it.",
+            )
+
+    def _check_started(self, start_lsn: Lsn) -> None:
+        """The checkpoint that the backup began with must be on this very disk.
+
+        That is what a copy made with ``cp -a`` of a running server's directory lacks, down to whose
+        postmaster.pid everything else agrees.
+        """
+        _, control = read_control_file(self.env.directory)
+        if control.redo < start_lsn:
+            raise WrongClusterError(
+                f"{self.env.directory.path} is a copy of the server's directory: the checkpoint"
+                f" that began this backup, at {format_lsn(start_lsn)}, is not in it",
+                hint="Set server.pgdata to the directory that the server runs on.",
             )
 
     def _check_still_the_same(
