@@ -83,9 +83,6 @@ class Offline(Run):
         finally:
             frames.close()
 
-    def record(self, manifest: Manifest, digest: str) -> None:
-        """There is no server to tell; the catalog learns of it when it is next reconciled."""
-
     def _check_stopped(self, control: ControlFile) -> None:
         if self.env.directory.read("postmaster.pid") is not None:
             raise ServerError(

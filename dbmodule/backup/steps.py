@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -154,7 +154,11 @@ class Run(ABC):
 
     def choose(self) -> list[Manifest]:
         """The chain that this backup builds on; empty for a full."""
-        backups = self.env.repository.manifests(self.env.cluster)
+        backups, unreadable = self.env.repository.readable_manifests(self.env.cluster)
+        if self.options.baseline_id in unreadable:
+            raise unreadable[self.options.baseline_id]
+        for error in unreadable.values():
+            log.warning("a backup is passed over: %s", error)
         chosen = choose_baseline(backups, self.options.type, self.options.baseline_id)
         if chosen is None:
             return []
@@ -266,7 +270,7 @@ class Run(ABC):
             if history:
                 name = wal.history_name(needed.timeline)
                 walfiles.add_file(tables, frames, f"pg_wal/{name}", history.encode())
-        return total, {str(t.oid): t.path for t in summary.created_tablespaces if t.path}
+        return total, {str(t.oid): t.path for t in summary.created_tablespaces}
 
     def history(self, timeline: Timeline) -> str:
         """The history file of `timeline`, as the server has it."""
@@ -302,12 +306,13 @@ class Run(ABC):
         corrupt = [s for s in totals.suspects if not _excused(s, copied)]
         baseline = chain[-1] if chain else None
         repository = self.env.repository
+        hashes = repository.check_chain(chain)
         manifest = Manifest(
             backup_id=self.backup_id,
             type=self.options.type,
             cluster=self.env.cluster,
             baseline_id=None if baseline is None else baseline.backup_id,
-            baseline_hash=None if baseline is None else repository.check_chain(chain)[-1],
+            baseline_hash=hashes[-1] if hashes else None,
             status=COMPLETED_WITH_CORRUPTION if corrupt else COMPLETED,
             label=self.options.label,
             job_id=self.job_id,
@@ -361,19 +366,23 @@ class Run(ABC):
         if self.cancelled():
             raise CancelledError("the backup was cancelled")
         digest = repository.commit(manifest)
-        self.record(manifest, digest)
+        self.record([*zip(chain, hashes, strict=True), (manifest, digest)])
         return manifest
 
-    def record(self, manifest: Manifest, digest: str) -> None:
-        """Tell the SQL catalog. The backup exists already, so a failure here is not its failure."""
+    def record(self, chain: Sequence[tuple[Manifest, str]]) -> None:
+        """Tell the SQL catalog of a committed backup, and of what it builds on if it was not told.
+
+        The backup exists already, so a failure here is not its failure.
+        """
         if self.env.catalog is None:
             return
         try:
-            self.env.catalog.record(to_record(manifest, digest))
+            for manifest, digest in chain:
+                self.env.catalog.record(to_record(manifest, digest))
         except DbmoduleError as error:
             log.warning(
                 "backup %s is committed, but the SQL catalog does not know it yet: %s",
-                manifest.backup_id,
+                self.backup_id,
                 error,
             )
 
