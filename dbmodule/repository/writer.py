@@ -18,7 +18,12 @@ import numpy as np
 import zstandard
 
 from dbmodule.delta import FRAME_PAGES, REF, Refs
-from dbmodule.errors import ObjectExistsError, ObjectMissingError, RepositoryError
+from dbmodule.errors import (
+    CorruptObjectError,
+    ObjectExistsError,
+    ObjectMissingError,
+    RepositoryError,
+)
 from dbmodule.ident import PAGE_SIZE
 from dbmodule.ports import Buffer, ObjectStore
 from dbmodule.registry import HASH_BYTES
@@ -149,7 +154,7 @@ class FrameWriter:
             return None
         try:
             footer = self._reader.footer(hit.pack)
-        except (ObjectMissingError, RepositoryError):
+        except (ObjectMissingError, CorruptObjectError):
             return None  # a stale index: what it promises is not there, so the page is stored
         if hit.frame >= len(footer.entries):
             return None
@@ -159,11 +164,14 @@ class FrameWriter:
             confirmed = footer.page_hash(hit.frame, hit.slot)
         if confirmed != digest:
             return None
+        # Not the index's own words: its sizes may be wrong, and a footer that was at hand already
+        # was not found by them.
+        pack = PackRef(footer.pack, footer.object_size, footer.length)
         with self._lock:
-            ordinal = self._ordinals.get(hit.pack.pack)
+            ordinal = self._ordinals.get(pack.pack)
             if ordinal is None:
-                ordinal = self._ordinals[hit.pack.pack] = len(self._packs)
-                self._packs.append(hit.pack)
+                ordinal = self._ordinals[pack.pack] = len(self._packs)
+                self._packs.append(pack)
         return ordinal, hit.frame, 0 if whole else hit.slot
 
     # -- packs ----------------------------------------------------------------------------------
