@@ -1,14 +1,16 @@
 """Re-reading what is stored: every byte of every object against the hashes it was written under.
 
-Three things are checked. Documents and packs match their hashes and names. Every frame can be
-decompressed to the bytes it was made from. And every page map of every backup, folded along its
-chain, refers to frames and slots that exist. Damage is reported, never raised.
+Documents and packs match their hashes and names, every frame can be decompressed to the bytes it
+was made from, and every page map of every backup, folded along its chain, refers to frames and
+slots that exist. The index, a mere hint, must list every pack that a backup needs all the same:
+so a segment that is gone is found. Damage is reported, never raised. What cannot be told from an
+expired backup is a manifest that is gone without a backup that depends on it.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -32,7 +34,7 @@ from dbmodule.repository import index, pack
 from dbmodule.repository.chainview import ChainView
 from dbmodule.repository.document import unseal
 from dbmodule.repository.index import PackRef
-from dbmodule.repository.repository import Repository, manifest_name
+from dbmodule.repository.repository import Repository, cluster_document, manifest_name
 
 SOUND = "sound"
 DAMAGED = "damaged"
@@ -68,8 +70,11 @@ def verify(
     began = time.monotonic()
     findings = _Findings()
     manifests = _manifests(repository, cluster, findings)
+    indexed: set[pack.PackId] | None = None
+    needed_packs: set[pack.PackId] = set()
     if wanted is None:
-        _check_other_documents(repository, cluster, findings)
+        _check_binding(repository, cluster, manifests, findings)
+        indexed = _check_other_documents(repository, cluster, findings)
         chosen = list(manifests)
     else:
         chosen = list(wanted)
@@ -87,7 +92,16 @@ def verify(
             continue
         needed[backup] = chain
         for manifest in chain:
-            _collect_packs(repository, manifest, packs, findings)
+            needed_packs |= _collect_packs(repository, manifest, packs, findings)
+    if indexed is not None:
+        findings.damage += [
+            Damage(
+                pack.name_of(missing),
+                "no index segment lists it: a segment is missing, and what the pack holds would"
+                " be stored again",
+            )
+            for missing in sorted(needed_packs - indexed)
+        ]
     _check_packs(repository, packs, threads, findings, progress, cancelled)
     for number, chain in enumerate(needed.values()):
         progress("maps", number, len(needed))
@@ -123,8 +137,34 @@ def _manifests(
     return found
 
 
-def _check_other_documents(repository: Repository, cluster: str, findings: _Findings) -> None:
-    """Everything but packs and this cluster's manifests; `repository.json` was read already."""
+def _check_binding(
+    repository: Repository,
+    cluster: str,
+    manifests: Mapping[BackupId, Manifest],
+    findings: _Findings,
+) -> None:
+    """Is the cluster's name tied to the database cluster that its backups are of?"""
+    name = cluster_document(cluster)
+    try:
+        bound = repository.bound_to(cluster)
+    except _DAMAGE as error:
+        if manifests:
+            findings.damage.append(Damage(name, error.message))
+        return
+    others = [m for m in manifests.values() if str(m.system_identifier) != bound]
+    if others:
+        findings.damage.append(
+            Damage(name, f"names another database cluster than backup {others[0].backup_id}")
+        )
+
+
+def _check_other_documents(
+    repository: Repository, cluster: str, findings: _Findings
+) -> set[pack.PackId] | None:
+    """Everything but packs and this cluster's manifests; `repository.json` was read already.
+
+    Gives the packs that the index lists; None when a part of the index cannot be read.
+    """
     store, key = repository.store, repository.key
     own = manifest_name(cluster, BackupId("")).rpartition("/")[0] + "/"
     for prefix in ("clusters/", "manifests/"):
@@ -138,14 +178,17 @@ def _check_other_documents(repository: Repository, cluster: str, findings: _Find
                 return len(data)
 
             findings.check(name, read)
+    indexed: set[pack.PackId] = set()
+    before = len(findings.damage)
     for name in store.list(index.PREFIX):
 
         def read_index(name: str = name) -> int:
             data = store.get(name)
-            index.check(name, data, key)
+            indexed.update(ref.pack for ref in index.check(name, data, key))
             return len(data)
 
         findings.check(name, read_index)
+    return indexed if len(findings.damage) == before else None
 
 
 def _collect_packs(
@@ -153,15 +196,18 @@ def _collect_packs(
     manifest: Manifest,
     packs: dict[str, PackRef | None],
     findings: _Findings,
-) -> None:
+) -> set[pack.PackId]:
+    """Add the packs that a backup needs to `packs`; gives those that the index has to list."""
     root = PackRef(pack.PackId(manifest.root.pack), manifest.root.size, manifest.root.footer)
     packs[pack.name_of(root.pack)] = root
     try:
-        for ref in repository.tables(manifest).packs:
-            packs[pack.name_of(ref.pack)] = ref
+        refs = repository.tables(manifest).packs
     except _DAMAGE as error:
         name = manifest_name(manifest.cluster, manifest.backup_id)
         findings.damage.append(Damage(name, f"its tables cannot be read: {error.message}"))
+        return set()
+    packs.update({pack.name_of(ref.pack): ref for ref in refs})
+    return {ref.pack for ref in refs}
 
 
 def _check_packs(

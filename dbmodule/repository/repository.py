@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from dbmodule.errors import (
     BrokenChainError,
     CorruptObjectError,
+    FormatVersionError,
     ObjectExistsError,
     ObjectMissingError,
     RepositoryError,
@@ -45,6 +46,10 @@ def check_cluster_name(name: str) -> str:
             hint="Use up to 63 letters, digits, dots, - and _, a letter or digit first.",
         )
     return name
+
+
+def cluster_document(cluster: str) -> str:
+    return f"clusters/{check_cluster_name(cluster)}.json"
 
 
 def manifest_name(cluster: str, backup: BackupId) -> str:
@@ -94,19 +99,26 @@ class Repository:
 
     def bind(self, cluster: str, system_identifier: SystemId) -> None:
         """Tie a cluster name to a database cluster, or check that it is tied to this one."""
-        name = f"clusters/{check_cluster_name(cluster)}.json"
         body = {"format": FORMAT, "system_identifier": str(system_identifier)}
         try:
-            self.store.put_new(name, [seal(body, self.key)])
+            self.store.put_new(cluster_document(cluster), [seal(body, self.key)])
         except ObjectExistsError:
-            bound, _ = unseal(name, self.store.get(name), self.key)
-            if bound.get("system_identifier") != str(system_identifier):
+            bound = self.bound_to(cluster)
+            if bound != str(system_identifier):
                 raise WrongClusterError(
                     f"cluster name {cluster!r} in {self.store.url} stands for the database cluster"
-                    f" with system identifier {bound.get('system_identifier')},"
-                    f" not for {system_identifier}",
+                    f" with system identifier {bound}, not for {system_identifier}",
                     hint="Choose another name with --cluster, or another repository.",
                 ) from None
+
+    def bound_to(self, cluster: str) -> str:
+        """System identifier that a cluster name is tied to, as text.
+
+        Raises `ObjectMissingError` or `CorruptObjectError`.
+        """
+        name = cluster_document(cluster)
+        body, _ = unseal(name, self.store.get(name), self.key)
+        return str(body.get("system_identifier"))
 
     # -- backups --------------------------------------------------------------------------------
 
@@ -130,6 +142,22 @@ class Repository:
     def manifests(self, cluster: str) -> dict[BackupId, Manifest]:
         """All committed backups of a cluster, oldest first; `CorruptObjectError`."""
         return {backup: self.manifest(cluster, backup)[0] for backup in self.backup_ids(cluster)}
+
+    def readable_manifests(
+        self, cluster: str
+    ) -> tuple[dict[BackupId, Manifest], dict[BackupId, RepositoryError]]:
+        """As `manifests`, and why each of the others cannot be read.
+
+        Damage to one backup must neither hide the others nor keep new ones from being taken.
+        """
+        found: dict[BackupId, Manifest] = {}
+        unreadable: dict[BackupId, RepositoryError] = {}
+        for backup in self.backup_ids(cluster):
+            try:
+                found[backup] = self.manifest(cluster, backup)[0]
+            except (CorruptObjectError, FormatVersionError, ObjectMissingError) as error:
+                unreadable[backup] = error
+        return found, unreadable
 
     def check_chain(self, chain: list[Manifest]) -> list[str]:
         """The manifests' hashes, after proving that each names its baseline's.
