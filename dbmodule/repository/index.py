@@ -14,6 +14,7 @@ pack's name, has confirmed it. So a stale or damaged index can cost space, never
 
 from __future__ import annotations
 
+import logging
 import struct
 import threading
 from collections import OrderedDict
@@ -29,6 +30,8 @@ from dbmodule.ports import Buffer, ObjectStore
 from dbmodule.registry import HASH_BYTES
 from dbmodule.repository.document import FORMAT
 from dbmodule.repository.pack import Footer, PackId, keyed
+
+log = logging.getLogger(__name__)
 
 PREFIX = "index/"
 MAGIC = b"DBMINDX1"
@@ -114,6 +117,8 @@ class _Segment:
         packs, self.entries = _Segment._header(name, head)
         table = store.get(name, HEADER.size, packs * PACK.itemsize + FAN_OUT * 4)
         self.packs = _Segment.parse_packs(name, head + table)
+        if len(table) < packs * PACK.itemsize + FAN_OUT * 4:
+            raise CorruptObjectError(f"{name}: cut off")
         self._fan_out = np.frombuffer(table, "<u4", FAN_OUT, packs * PACK.itemsize)
         self._start = HEADER.size + len(table)
 
@@ -146,6 +151,8 @@ class _Segment:
             first, last = 0, self.entries
         else:
             first, last = int(self._fan_out[shard]), int(self._fan_out[shard + 1])
+        if last <= first:
+            return np.empty(0, ENTRY)
         size = ENTRY.itemsize
         data = self._store.get(self._name, self._start + first * size, (last - first) * size)
         return np.frombuffer(data, ENTRY, len(data) // size)
@@ -157,7 +164,13 @@ class ContentIndex:
     CACHE_BYTES = 64 << 20
 
     def __init__(self, store: ObjectStore) -> None:
-        self._segments = [_Segment(store, name) for name in store.list(PREFIX)]
+        self._segments: list[_Segment] = []
+        for name in store.list(PREFIX):
+            try:
+                self._segments.append(_Segment(store, name))
+            except (CorruptObjectError, FormatVersionError) as error:
+                # A hint that cannot be read is none; `verify` reports it as the damage it is.
+                log.warning("the index is used without one segment: %s", error)
         self._cache: OrderedDict[tuple[int, int], NDArray[Any]] = OrderedDict()
         self._cached = 0
         self._lock = threading.Lock()
@@ -184,9 +197,8 @@ class ContentIndex:
             entries = self._shard(number, segment.shard_of(digest[0]))
             row = int(np.searchsorted(entries["hash"], wanted)[0])
             while row < len(entries) and entries["hash"][row : row + 1].tobytes() == digest:
-                place = int(entries["place"][row])
-                if (place & 0xFF == WHOLE) == whole:
-                    pack = segment.packs[int(entries["pack"][row])]
-                    return Hit(pack, place >> 8, place & 0xFF)
+                place, pack = int(entries["place"][row]), int(entries["pack"][row])
+                if (place & 0xFF == WHOLE) == whole and pack < len(segment.packs):
+                    return Hit(segment.packs[pack], place >> 8, place & 0xFF)
                 row += 1
         return None
