@@ -90,6 +90,16 @@ class PageMap:
         incomplete, and inventing bytes for it would be a silently wrong restore.
         """
         kept = min(blocks, len(self.refs))
+        # Lengths that lie are found before memory is taken for them.
+        stored = int(extents["count"].astype(np.int64).sum())
+        if stored > blocks:
+            raise ValueError(f"{stored} blocks are stored, beyond the file's {blocks} blocks")
+        if blocks - kept > stored:
+            numbers, _ = expand(extents)
+            beyond = numbers[numbers >= kept] - kept
+            gaps = np.flatnonzero(beyond != np.arange(len(beyond)))
+            missing = int(gaps[0]) if len(gaps) else len(beyond)
+            raise ValueError(f"no bytes are stored for block {kept + missing}")
         refs = np.zeros(blocks, REF)
         origins = np.full(blocks, 0xFFFF, np.uint16)
         refs[:kept] = self.refs[:kept]
@@ -99,7 +109,7 @@ class PageMap:
             raise ValueError(f"block {int(numbers[-1])} lies beyond the file's {blocks} blocks")
         refs[numbers] = new
         origins[numbers] = origin
-        missing = np.flatnonzero(origins == 0xFFFF)
-        if len(missing):
-            raise ValueError(f"no bytes are stored for block {int(missing[0])}")
+        gap = np.flatnonzero(origins == 0xFFFF)
+        if len(gap):
+            raise ValueError(f"no bytes are stored for block {int(gap[0])}")
         return PageMap(refs, origins)

@@ -14,6 +14,8 @@ from dbmodule.repository.index import PackRef
 from dbmodule.repository.pack import (
     ENCODING_RAW,
     ENCODING_ZSTD,
+    FOOTER,
+    HEADER,
     TRAILER,
     Footer,
     keyed,
@@ -50,7 +52,10 @@ class FrameReader:
                 self._footers.move_to_end(ref.pack)
                 return found
         name = name_of(ref.pack)
-        data = self._store.get(name, ref.size - TRAILER.size - ref.footer, ref.footer)
+        start = ref.size - TRAILER.size - ref.footer
+        if start < HEADER.size or ref.footer < FOOTER.size:
+            raise CorruptObjectError(f"{name}: is referred to with an impossible size")
+        data = self._store.get(name, start, ref.footer)
         footer = Footer.open(ref.pack, data, self._key)
         if footer.object_size != ref.size:
             raise CorruptObjectError(f"{name}: is referred to with the wrong size")
@@ -63,7 +68,7 @@ class FrameReader:
     def frame(self, ref: PackRef, number: int) -> bytes:
         """The raw bytes of one frame."""
         footer = self.footer(ref)
-        if number >= len(footer.entries):
+        if not 0 <= number < len(footer.entries):
             raise CorruptObjectError(f"{name_of(ref.pack)}: has no frame {number}")
         entry = footer.entries[number]
         stored = self._store.get(
@@ -108,6 +113,12 @@ class FrameReader:
             if encoding == ENCODING_RAW:
                 raw = bytes(stored)
             elif encoding == ENCODING_ZSTD:
+                if zstandard.frame_content_size(stored) != length:
+                    # Its memory would be taken before anything else could be checked.
+                    raise CorruptObjectError(
+                        f"{name_of(footer.pack)}: frame {number} states another size than its"
+                        " pack does"
+                    )
                 raw = _decompressor().decompress(stored, max_output_size=length)
             else:
                 raise CorruptObjectError(

@@ -12,6 +12,7 @@ import json
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,6 +80,8 @@ def _columns(rows: NDArray[Any]) -> bytes:
 
 
 def _rows(data: bytes, dtype: np.dtype[Any], count: int) -> NDArray[Any]:
+    if count < 0 or len(data) < count * dtype.itemsize:
+        raise ValueError(f"{len(data)} bytes do not hold {count} rows")
     out = np.empty(count, dtype)
     offset = 0
     for name in dtype.names or ():
@@ -120,6 +123,8 @@ def _decode_files(data: bytes, count: int) -> list[FileEntry]:
     start = count * FILE.itemsize
     lengths = np.frombuffer(data, "<u4", 2 * count, start)
     ends = start + lengths.nbytes + np.cumsum(lengths, dtype=np.int64)
+    if count and int(ends[-1]) != len(data):
+        raise ValueError("paths and targets do not fill the group")
     texts = [
         data[end - length : end].decode("utf-8", "surrogateescape")
         for end, length in zip(ends.tolist(), lengths.tolist(), strict=True)
@@ -208,6 +213,15 @@ def encode_root(tables: dict[str, Any], packs: Sequence[PackRef]) -> bytes:
     return json.dumps(body, separators=(",", ":")).encode()
 
 
+@contextmanager
+def _well_formed(what: str) -> Iterator[None]:
+    """Bytes that match their hash can still be nonsense, if whoever wrote them meant it so."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise CorruptObjectError(f"{what} makes no sense: {error}") from error
+
+
 class TableReader:
     """The tables of one committed backup. Safe for threads; caches a bounded number of groups."""
 
@@ -215,11 +229,22 @@ class TableReader:
 
     def __init__(self, frames: FrameReader, root: PackRef) -> None:
         self._frames = frames
-        body = json.loads(frames.frame(root, 0))
-        if body.get("format") != FORMAT:
-            raise FormatVersionError(f"table format {body.get('format')!r} is not known")
-        self.packs = [PackRef(PackId(p), size, footer) for p, size, footer in body["packs"]]
-        self._tables: dict[str, dict[str, Any]] = body["tables"]
+        data = frames.frame(root, 0)
+        with _well_formed("the root of a backup's tables"):
+            body = json.loads(data)
+            if body.get("format") != FORMAT:
+                raise FormatVersionError(f"table format {body.get('format')!r} is not known")
+            self.packs = [
+                PackRef(PackId(str(p)), int(size), int(footer)) for p, size, footer in body["packs"]
+            ]
+            self._tables: dict[str, dict[str, Any]] = {
+                name: {
+                    "rows": int(body["tables"][name]["rows"]),
+                    "group_rows": max(1, int(body["tables"][name]["group_rows"])),
+                    "groups": [(int(p), int(f)) for p, f in body["tables"][name]["groups"]],
+                }
+                for name in GROUP_ROWS
+            }
         self._cache: OrderedDict[tuple[str, int], NDArray[Any]] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -227,8 +252,10 @@ class TableReader:
         return int(self._tables[table]["rows"])
 
     def _group_bytes(self, table: str, group: int) -> bytes:
-        pack, frame = self._tables[table]["groups"][group]
-        return self._frames.frame(self.packs[pack], frame)
+        with _well_formed(f"table {table}"):
+            pack, frame = self._tables[table]["groups"][group]
+            ref = self.packs[pack]
+        return self._frames.frame(ref, frame)
 
     def files(self) -> Iterator[FileEntry]:
         """All rows of the file table, in order."""
@@ -236,7 +263,10 @@ class TableReader:
         size = int(self._tables["files"]["group_rows"])
         for group in range(len(self._tables["files"]["groups"])):
             count = min(size, left)
-            yield from _decode_files(self._group_bytes("files", group), count)
+            data = self._group_bytes("files", group)
+            with _well_formed("the file table"):
+                entries = _decode_files(data, count)
+            yield from entries
             left -= count
         if left:
             raise CorruptObjectError("the file table has fewer rows than it states")
@@ -249,7 +279,9 @@ class TableReader:
                 return found
         size = int(self._tables[table]["group_rows"])
         count = min(size, self.rows(table) - group * size)
-        rows = _rows(self._group_bytes(table, group), DTYPES[table], count)
+        data = self._group_bytes(table, group)
+        with _well_formed(f"table {table}"):
+            rows = _rows(data, DTYPES[table], count)
         with self._lock:
             self._cache[table, group] = rows
             while len(self._cache) > self.GROUPS:
