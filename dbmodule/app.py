@@ -122,8 +122,8 @@ class App:
     def show(self, backup: str) -> BackupDetails:
         """One backup, by id or ``latest``."""
         repository = self._repository()
-        manifests = repository.manifests(self._config.repository.cluster)
-        chosen = listing.resolve(manifests, backup)
+        manifests, unreadable = repository.readable_manifests(self._config.repository.cluster)
+        chosen = listing.resolve(manifests, backup, unreadable)
         manifest, digest = repository.manifest(self._config.repository.cluster, chosen)
         return listing.to_details(manifests, manifest, digest)
 
@@ -138,9 +138,9 @@ class App:
     ) -> RestoreReport:
         """Write a data directory that starts; raises a `DbmoduleError`."""
         repository = self._repository()
-        manifests = repository.manifests(self._config.repository.cluster)
+        manifests, unreadable = repository.readable_manifests(self._config.repository.cluster)
         request = RestoreRequest(
-            backup=listing.resolve(manifests, options.backup),
+            backup=listing.resolve(manifests, options.backup, unreadable),
             target=options.target.absolute(),
             tablespace_map=options.tablespace_map,
             threads=self._config.backup.threads,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from dbmodule.chain import chain_of, dependents_of, newest
-from dbmodule.errors import NoBaselineError, UsageError
+from dbmodule.errors import NoBaselineError, RepositoryError, UsageError
 from dbmodule.ident import BackupId, format_lsn, parse_backup_id
 from dbmodule.manifest import Manifest
 from dbmodule.reports import BackupDetails, BackupReport, CorruptPage
@@ -13,10 +13,20 @@ from dbmodule.reports import BackupDetails, BackupReport, CorruptPage
 LATEST = "latest"
 
 
-def resolve(backups: Mapping[BackupId, Manifest], name: str) -> BackupId:
-    """A backup id from an id or ``latest``; raises `UsageError` or `NoBaselineError`."""
+def resolve(
+    backups: Mapping[BackupId, Manifest],
+    name: str,
+    unreadable: Mapping[BackupId, RepositoryError],
+) -> BackupId:
+    """A backup id from an id or ``latest``.
+
+    Raises `UsageError` or `NoBaselineError`, or the error of `unreadable` when that is what was
+    asked for: an older backup is never taken in silence for a latest that is damaged.
+    """
     if name == LATEST:
         found = newest(list(backups.values()))
+        if unreadable and (found is None or max(unreadable) > found.backup_id):
+            raise unreadable[max(unreadable)]
         if found is None:
             raise NoBaselineError(
                 "the repository holds no backup of this cluster",
@@ -24,6 +34,8 @@ def resolve(backups: Mapping[BackupId, Manifest], name: str) -> BackupId:
             )
         return found.backup_id
     backup = parse_backup_id(name)
+    if backup in unreadable:
+        raise unreadable[backup]
     if backup not in backups:
         raise UsageError(
             f"there is no backup {backup}", hint="`dbmodule list` shows the ids that exist."
