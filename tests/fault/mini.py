@@ -101,7 +101,7 @@ def restore_to(store: ObjectStore, backup: BackupId, target: Path) -> RestoreRep
     repository = Repository.open(store)
     return restore(
         repository,
-        repository.manifests(CLUSTER),
+        repository.readable_manifests(CLUSTER)[0],
         RestoreRequest(backup, target, {}, threads=1),
         open_target=LocalTargetDirectory,
         path_exists=lambda path: False,
