@@ -125,7 +125,8 @@ class App:
         manifests, unreadable = repository.readable_manifests(self._config.repository.cluster)
         chosen = listing.resolve(manifests, backup, unreadable)
         manifest, digest = repository.manifest(self._config.repository.cluster, chosen)
-        return listing.to_details(manifests, manifest, digest)
+        relations = listing.relation_changes(repository.tables(manifest).files())
+        return listing.to_details(manifests, manifest, digest, relations)
 
     # -- restore and verification ---------------------------------------------------------------
 

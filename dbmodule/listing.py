@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 
+from dbmodule import datafile
 from dbmodule.chain import chain_of, dependents_of, newest
 from dbmodule.errors import NoBaselineError, RepositoryError, UsageError
 from dbmodule.ident import BackupId, format_lsn, parse_backup_id
 from dbmodule.manifest import Manifest
-from dbmodule.reports import BackupDetails, BackupReport, CorruptPage
+from dbmodule.reports import BackupDetails, BackupReport, CorruptPage, RelationChange
+from dbmodule.repository.tables import FileEntry
 
 LATEST = "latest"
 
@@ -81,8 +84,22 @@ def to_report(manifest: Manifest) -> BackupReport:
     )
 
 
+def relation_changes(files: Iterable[FileEntry]) -> list[RelationChange]:
+    """Changed pages per relation and fork, all segments together, most first."""
+    pages: Counter[tuple[int, int, int, str]] = Counter()
+    for entry in files:
+        relation = datafile.relation(entry.path)
+        if relation is not None and entry.prints:
+            key = relation.tablespace, relation.database, relation.relfilenode, relation.fork
+            pages[key] += entry.prints
+    return [RelationChange(*key, count) for key, count in pages.most_common()]
+
+
 def to_details(
-    backups: Mapping[BackupId, Manifest], manifest: Manifest, digest: str
+    backups: Mapping[BackupId, Manifest],
+    manifest: Manifest,
+    digest: str,
+    relations: list[RelationChange],
 ) -> BackupDetails:
     """A backup with its chain, its dependents and its problems."""
     return BackupDetails(
@@ -95,6 +112,7 @@ def to_details(
         ],
         tablespaces=manifest.tablespaces,
         manifest_hash=digest,
+        relations=relations,
     )
 
 

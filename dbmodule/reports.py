@@ -78,6 +78,17 @@ class BackupReport:
 
 
 @dataclass(frozen=True, slots=True)
+class RelationChange:
+    """What a backup stored of one fork of a relation."""
+
+    tablespace: int
+    database: int
+    relfilenode: int
+    fork: str
+    pages_changed: int
+
+
+@dataclass(frozen=True, slots=True)
 class BackupDetails:
     """`show`: a backup, its chain from the full down, and what to know about it."""
 
@@ -88,6 +99,8 @@ class BackupDetails:
     tablespaces: Mapping[str, str]
     """Tablespace OID → location on the source."""
     manifest_hash: str
+    relations: list[RelationChange]
+    """Most changed pages first."""
 
 
 @dataclass(frozen=True, slots=True)

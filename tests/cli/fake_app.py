@@ -17,6 +17,7 @@ from dbmodule.reports import (
     Damage,
     Finding,
     InitReport,
+    RelationChange,
     RestoreReport,
     VerifyReport,
 )
@@ -88,6 +89,7 @@ def default_answers() -> dict[str, Any]:
             corruption=[CorruptPage("base/5/1259", 7, "0/1", 1, 2)],
             tablespaces={"16384": "/srv/fast"},
             manifest_hash="ab" * 32,
+            relations=[RelationChange(1663, 5, 16384, "main", 41)],
         ),
         "restore": RestoreReport(
             backup_id=DIFF,

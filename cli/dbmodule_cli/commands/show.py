@@ -10,6 +10,9 @@ from dbmodule_cli.commands.backup import show_backup
 from dbmodule_cli.invocation import Invocation, as_document, pass_invocation
 from dbmodule_cli.output import Printer
 
+MOST_CHANGED = 10
+"""Relations shown to a person; JSON has them all."""
+
 
 @click.command("show", cls=Command)
 @click.argument("backup", metavar="ID|latest")
@@ -33,6 +36,20 @@ def _show(printer: Printer, details: BackupDetails) -> None:
             *((f"tablespace {oid}", path) for oid, path in details.tablespaces.items()),
         ]
     )
+    if details.relations:
+        printer.table(
+            ("changed most: tablespace", "database", "relfilenode", "fork", "pages"),
+            [
+                (
+                    str(r.tablespace),
+                    str(r.database),
+                    str(r.relfilenode),
+                    r.fork,
+                    str(r.pages_changed),
+                )
+                for r in details.relations[:MOST_CHANGED]
+            ],
+        )
     if details.corruption:
         printer.table(
             ("corrupt page of", "block", "LSN", "checksum", "carried"),
