@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from dbmodule.errors import CorruptObjectError, TargetError, UsageError
 from dbmodule.manifest import Manifest
@@ -21,6 +21,7 @@ def check_paths(entries: Iterable[FileEntry], tablespaces: Collection[str]) -> N
     A repository may have been written by an enemy. Links are only ever made for tablespaces, to
     where the caller wants them, and no file may lie below a name that is itself a file.
     """
+    seen: set[str] = set()
     files: set[str] = set()
     parents: set[str] = set()
     for entry in entries:
@@ -37,14 +38,17 @@ def check_paths(entries: Iterable[FileEntry], tablespaces: Collection[str]) -> N
             _TABLESPACE_LINK.fullmatch(path) is None or parts[1] not in tablespaces
         ):
             raise CorruptObjectError(f"the backup holds a link at {path!r}, which is no tablespace")
-        if path in files:
+        if path in seen:
             raise CorruptObjectError(f"the backup holds {path!r} twice")
-        files.add(path)
-        if entry.kind is not EntryKind.DIRECTORY:
-            parents.update(str(p) for p in PurePosixPath(path).parents)
-    for entry in entries:
-        if entry.kind in (EntryKind.RELATION, EntryKind.CONTENT) and entry.path in parents:
-            raise CorruptObjectError(f"the backup holds {entry.path!r} as a file and a directory")
+        seen.add(path)
+        if entry.kind in (EntryKind.RELATION, EntryKind.CONTENT):
+            files.add(path)
+        parent = path.rpartition("/")[0]
+        while parent and parent not in parents:
+            parents.add(parent)
+            parent = parent.rpartition("/")[0]
+    for path in sorted(files & parents):
+        raise CorruptObjectError(f"the backup holds {path!r} as a file and a directory")
 
 
 def map_tablespaces(
