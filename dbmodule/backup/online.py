@@ -20,6 +20,8 @@ from dbmodule.manifest import Manifest, Mark
 from dbmodule.ports import LineageMark, ServerIdentity
 from dbmodule.repository.tables import TableWriter
 
+LONGEST_START = 60
+"""Seconds between the begin of a postmaster and its start time."""
 _LABEL_TIMELINE = re.compile(r"^START TIMELINE: (\d+)$", re.MULTILINE)
 
 
@@ -144,8 +146,7 @@ class Online(Run):
             )
         data = self.env.directory.read("postmaster.pid")
         lines = (data or b"").decode("utf-8", "replace").splitlines()
-        running = (identity.data_directory, str(int(identity.started_at)), str(identity.port))
-        if tuple(lines[1:4]) != running:
+        if not _describes(lines, identity):
             raise WrongClusterError(
                 f"{self.env.directory.path} is not the directory of the server that answers on"
                 f" port {identity.port}: its postmaster.pid says otherwise",
@@ -180,3 +181,19 @@ class Online(Run):
                 hint="Run the backup again.",
             )
         self._check_directory(after)
+
+
+def _describes(pid_file: list[str], identity: ServerIdentity) -> bool:
+    """Is this ``postmaster.pid`` the one that the server wrote when it started?
+
+    Its line 3 is when the process began, ``pg_postmaster_start_time()`` when it had read its
+    configuration and made its shared memory: a while later, so often in another second.
+    """
+    if len(pid_file) < 4 or not pid_file[2].isdigit():
+        return False
+    waited = int(identity.started_at) - int(pid_file[2])
+    return (
+        pid_file[1] == identity.data_directory
+        and pid_file[3] == str(identity.port)
+        and 0 <= waited <= LONGEST_START
+    )
