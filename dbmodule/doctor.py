@@ -51,14 +51,17 @@ def _answers(
 
 def _server(config: Config) -> Iterator[Finding]:
     with closing(PsycopgServer(config.server.dsn)) as server:
+        missing = server.missing_grants()
+        for statement in missing:
+            yield Finding("privileges", "error", "a privilege is missing", statement)
+        if missing:
+            return  # what the server is cannot be asked without them
         identity = server.identify()
         yield Finding(
             "server",
             "ok",
             f"PostgreSQL {identity.version}, system identifier {identity.system_identifier}",
         )
-        for statement in server.missing_grants():
-            yield Finding("privileges", "error", "a privilege is missing", statement)
     yield from _settings(identity)
     yield from _directory(config.server.pgdata or Path(identity.data_directory), identity)
 
@@ -121,8 +124,7 @@ def _repository(config: Config) -> Iterator[Finding]:
 
 
 def _catalog(config: Config) -> Iterator[Finding]:
-    version = extension.installed_version(config.server.dsn)
-    if version is None:
+    if not extension.is_installed(config.server.dsn):
         yield Finding(
             "extension",
             "warning",
@@ -130,9 +132,12 @@ def _catalog(config: Config) -> Iterator[Finding]:
             "Run dbmodule extension install.",
         )
         return
-    yield Finding("extension", "ok", f"version {version}")
-    for statement in SqlCatalog(config.server.dsn).missing_grants():
+    missing = SqlCatalog(config.server.dsn).missing_grants()
+    for statement in missing:
         yield Finding("catalog privileges", "error", "a privilege is missing", statement)
+    if not missing:
+        version = extension.installed_version(config.server.dsn)
+        yield Finding("extension", "ok", f"version {version}")
 
 
 def _kernel(config: Config) -> Iterator[Finding]:

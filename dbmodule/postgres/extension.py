@@ -108,6 +108,12 @@ def installed_version(dsn: str) -> str | None:
         return _installed(connection)
 
 
+def is_installed(dsn: str) -> bool:
+    """Is the catalog in that database, whether or not this role may use it? `ServerError`."""
+    with _session(dsn, "look for the extension") as connection:
+        return _exists(connection)
+
+
 def create(dsn: str) -> Created:
     """Make the catalog unless it is there: as an extension if the server has the files.
 
@@ -156,11 +162,19 @@ def _run_script(connection: psycopg.Connection[Any], schema: str) -> None:
 
 
 def _installed(connection: psycopg.Connection[Any]) -> str | None:
-    found = connection.execute("SELECT to_regprocedure('dbmodule.version()')").fetchone()
-    if found is None or found[0] is None:
+    if not _exists(connection):
         return None
     row = connection.execute("SELECT dbmodule.version()").fetchone()
     return None if row is None else str(row[0])
+
+
+def _exists(connection: psycopg.Connection[Any]) -> bool:
+    # Not to_regprocedure: it fails where the role may not use the schema.
+    found = connection.execute(
+        "SELECT FROM pg_catalog.pg_proc WHERE proname = 'version' "
+        "AND pronamespace = to_regnamespace('dbmodule')"
+    ).fetchone()
+    return found is not None
 
 
 @contextmanager
@@ -172,7 +186,7 @@ def _session(dsn: str, action: str) -> Iterator[psycopg.Connection[Any]]:
     except psycopg.errors.InsufficientPrivilege as error:
         raise ServerError(
             f"cannot {action}: {error.diag.message_primary}",
-            hint="Do it as a superuser; the agent itself needs only the role dbmodule_agent.",
+            hint="Do it as a superuser; what a role lacks to take backups, `dbmodule check` lists.",
         ) from error
     except psycopg.errors.DuplicateSchema as error:
         raise ServerError(

@@ -35,7 +35,7 @@ SELECT s.system_identifier, s.catalog_version_no, c.timeline_id,
        current_setting('block_size')::int,
        current_setting('data_checksums'), current_setting('wal_log_hints'),
        current_setting('wal_level'), current_setting('full_page_writes'),
-       current_setting('data_directory', true), current_setting('port')::int,
+       current_setting('data_directory'), current_setting('port')::int,
        (SELECT setting::bigint FROM pg_settings WHERE name = 'segment_size'),
        (SELECT setting::bigint FROM pg_settings WHERE name = 'wal_segment_size')
   FROM pg_control_system() AS s, pg_control_checkpoint() AS c
@@ -116,11 +116,6 @@ class PsycopgServer:
     def identify(self) -> ServerIdentity:
         row = self._one(_IDENTITY)
         timeline = self._one(_TIMELINE_NOW)[0] or row[2]
-        if row[12] is None:
-            raise ServerError(
-                "this role may not read the setting data_directory",
-                hint="As a superuser: GRANT pg_monitor TO the role.",
-            )
         return ServerIdentity(
             # pg_control_system() shows the 64-bit identifier as a signed number.
             system_identifier=SystemId(int(row[0]) & 0xFFFFFFFFFFFFFFFF),
