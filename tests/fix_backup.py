@@ -31,11 +31,17 @@ class Site:
     base: Path
     clusters: Clusters
     app: App
+    config: Config
     copies: list[LocalCluster] = field(default_factory=list)
 
     @property
     def repository_path(self) -> Path:
         return self.base / "repository"
+
+    def app_with(self, **server: object) -> App:
+        """The library with other settings of the server: ``dsn``, ``pgdata``."""
+        changed = self.config.server.model_copy(update=server)
+        return App.open(self.config.model_copy(update={"server": changed}))
 
     def repository(self) -> Repository:
         return Repository.open(open_store(str(self.repository_path)))
@@ -80,6 +86,11 @@ class Site:
 
 
 class SiteFactory(Protocol):
+    """A running cluster with a repository and, unless told otherwise, the extension.
+
+    `cluster` is used instead of a new one; `dbname` is where the library connects to.
+    """
+
     def __call__(
         self,
         major: int = ...,
@@ -87,12 +98,25 @@ class SiteFactory(Protocol):
         checksums: bool = ...,
         extension: bool = ...,
         settings: Mapping[str, str] | None = ...,
+        cluster: LocalCluster | None = ...,
+        dbname: str = ...,
     ) -> Site: ...
 
 
 @pytest.fixture
 def make_site(clusters: Clusters, make_cluster: ClusterFactory) -> Iterator[SiteFactory]:
-    """Makes running clusters with a repository and, unless told otherwise, the extension."""
+    yield from _factory(clusters, make_cluster)
+
+
+@pytest.fixture(scope="module")
+def make_module_site(
+    clusters: Clusters, make_module_cluster: ClusterFactory
+) -> Iterator[SiteFactory]:
+    """As `make_site`, for sites that all tests of a module share."""
+    yield from _factory(clusters, make_module_cluster)
+
+
+def _factory(clusters: Clusters, make_cluster: ClusterFactory) -> Iterator[SiteFactory]:
     made: list[Site] = []
 
     def make(
@@ -101,15 +125,18 @@ def make_site(clusters: Clusters, make_cluster: ClusterFactory) -> Iterator[Site
         checksums: bool = True,
         extension: bool = True,
         settings: Mapping[str, str] | None = None,
+        cluster: LocalCluster | None = None,
+        dbname: str = "postgres",
     ) -> Site:
-        cluster = make_cluster(major, checksums=checksums, settings=settings)
+        if cluster is None:
+            cluster = make_cluster(major, checksums=checksums, settings=settings)
         base = clusters.directory()
         config = Config(
-            server=ServerSection(dsn=cluster.dsn(), pgdata=cluster.datadir),
+            server=ServerSection(dsn=cluster.dsn(dbname), pgdata=cluster.datadir),
             repository=RepositorySection(url=str(base / "repository")),
             backup=BackupSection(threads=2),
         )
-        site = Site(cluster, base, clusters, App.open(config))
+        site = Site(cluster, base, clusters, App.open(config), config)
         made.append(site)
         site.app.init(config_path=base / "dbmodule.toml", extension=extension)
         return site
