@@ -165,7 +165,8 @@ def make_programs(directory: Path, bindir: Path, os_user: str) -> str:
     """
     programs = directory / "bin"
     programs.mkdir()
-    source = f"PYTHONPATH={ROOT}:{ROOT / 'cli'}"
+    path = [str(ROOT), str(ROOT / "cli"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    source = f"PYTHONPATH={':'.join(path)}"
     command = "from dbmodule_cli.main import main; main()"
     scripts = {"dbmodule": ["env", source, sys.executable, "-c", command]}
     if os.geteuid() == 0:
