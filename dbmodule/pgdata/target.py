@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import pwd
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import crc32c
@@ -21,6 +22,9 @@ _MARKER_TEXT = (
     b"A restore into this directory has begun and not ended. It holds no usable cluster.\n"
 )
 _CHUNK = 1 << 20
+_VERSION_DIRECTORY = re.compile(r"PG_[0-9]+_[0-9]+")
+_MODE = 0o777
+"""Bits of a mode that are restored: no server file is set-user-id."""
 _STAGED = ".dbmodule.staged"
 
 
@@ -75,8 +79,11 @@ class LocalTargetDirectory:
         self._directories: set[Path] = set()
 
     def begin(self) -> None:
-        for place in (self._root, *self._locations.values()):
+        places = (self._root, *self._locations.values())
+        for place in places:
             _check_empty(place)
+            _check_outside(place)
+        _check_apart(places)
         for place in (self._root, *self._locations.values()):
             try:
                 place.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -103,7 +110,7 @@ class LocalTargetDirectory:
         place = self._place(path)
         try:
             place.mkdir(mode=0o700, exist_ok=True)
-            place.chmod(mode)
+            place.chmod(mode & _MODE)
             self._own(place)
         except OSError as error:
             raise _failed(place, error) from error
@@ -124,7 +131,7 @@ class LocalTargetDirectory:
         try:
             descriptor = os.open(place, flags, 0o600)
             try:
-                os.fchmod(descriptor, mode)
+                os.fchmod(descriptor, mode & _MODE)
                 if self._ids is not None:
                     os.fchown(descriptor, *self._ids)
                 os.ftruncate(descriptor, size)
@@ -207,6 +214,44 @@ def _check_empty(place: Path) -> None:
             hint=f"Remove {place} and restore again.",
         )
     raise TargetError(f"{place} is not empty", hint="Restore into a new or an empty directory.")
+
+
+def _check_outside(place: Path) -> None:
+    """Nothing is ever written into a data directory or tablespace, which would then be backed up
+    with it, or be taken by its server for a file of its own."""
+    try:
+        above = place.resolve().parents
+    except (OSError, RuntimeError) as error:  # RuntimeError: a circle of links
+        raise TargetError(f"cannot use {place}: {error}") from error
+    for parent in above:
+        if _VERSION_DIRECTORY.fullmatch(parent.name) or _is_a_cluster_s(parent):
+            raise TargetError(
+                f"{place} lies in {parent}, which belongs to a database cluster",
+                hint="Restore into a directory outside of it.",
+            )
+
+
+def _is_a_cluster_s(directory: Path) -> bool:
+    """Is this a data directory, a database in one, or the location of a tablespace?"""
+    try:
+        names = os.listdir(directory)
+    except OSError:
+        return False  # not there yet, or a directory above that may be passed but not read
+    return "PG_VERSION" in names or any(map(_VERSION_DIRECTORY.fullmatch, names))
+
+
+def _check_apart(places: Iterable[Path]) -> None:
+    """Two places may be one and the same directory by way of a link."""
+    seen: list[Path] = []
+    for place in places:
+        real = place.resolve()
+        for other in seen:
+            if real.is_relative_to(other) or other.is_relative_to(real):
+                raise TargetError(
+                    f"{place} and {other} lie in each other",
+                    hint="Give the target and each tablespace a directory of its own.",
+                )
+        seen.append(real)
 
 
 def _sync_directory(path: Path) -> None:
