@@ -97,7 +97,8 @@ class Manifest:
     tablespaces: dict[str, str]
     """OID → location on the source, of tablespaces outside the data directory."""
     created_tablespaces: dict[str, str]
-    """OID → location in CREATE TABLESPACE records of the WAL that a restore replays."""
+    """OID → location in CREATE TABLESPACE records of the WAL that a restore replays; empty for an
+    in-place tablespace."""
     owner: str
     """Operating system user who owned the data directory."""
 

@@ -35,7 +35,12 @@ class ChainView:
         for tables in self._tables[:-1]:
             rows = {e.path: e for e in tables.files() if EntryFlag.UNCHANGED not in e.flags}
             self._effective.append(rows)
-        self.files: dict[str, FileEntry] = {e.path: e for e in self._tables[-1].files()}
+        entries = list(self._tables[-1].files())
+        self.files: dict[str, FileEntry] = {e.path: e for e in entries}
+        if len(self.files) < len(entries):
+            raise CorruptObjectError(
+                f"the file table of {self.chain[-1].backup_id} holds a path twice"
+            )
         self._effective.append(self.files)
         self.packs: list[PackRef] = []
         """Pack table of the whole chain, which folded references point into."""

@@ -7,11 +7,14 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from dbmodule.errors import CorruptObjectError, TargetError, UsageError
+from dbmodule.ident import PAGE_SIZE
 from dbmodule.manifest import Manifest
 from dbmodule.registry import EntryKind
 from dbmodule.repository.tables import FileEntry
 
 _TABLESPACE_LINK = re.compile(r"pg_tblspc/[1-9][0-9]{0,9}")
+MAX_FILE_BYTES = 2**32 * PAGE_SIZE
+"""What 32-bit block numbers can address."""
 RESERVED = frozenset({"backup_label", "tablespace_map", "recovery.signal", "standby.signal"})
 
 
@@ -40,6 +43,8 @@ def check_paths(entries: Iterable[FileEntry], tablespaces: Collection[str]) -> N
             raise CorruptObjectError(f"the backup holds a link at {path!r}, which is no tablespace")
         if path in seen:
             raise CorruptObjectError(f"the backup holds {path!r} twice")
+        if entry.size > MAX_FILE_BYTES:
+            raise CorruptObjectError(f"the backup holds {path!r} with {entry.size} bytes")
         seen.add(path)
         if entry.kind in (EntryKind.RELATION, EntryKind.CONTENT):
             files.add(path)
@@ -93,7 +98,7 @@ def check_replay(manifest: Manifest, exists: Mapping[str, bool]) -> None:
     A CREATE TABLESPACE in the WAL is replayed at its absolute path, whatever the links say.
     """
     for location in manifest.created_tablespaces.values():
-        if exists[location]:
+        if location and exists[location]:
             raise TargetError(
                 f"while backup {manifest.backup_id} was taken, a tablespace was created at"
                 f" {location}; recovery would write into that directory, which exists here",

@@ -68,10 +68,11 @@ def restore(
     chain = chain_of(backups, request.backup)
     repository.check_chain(chain)
     manifest = chain[-1]
-    locations = plan.map_tablespaces(manifest, request.tablespace_map, request.target)
     plan.check_replay(
-        manifest, {path: path_exists(path) for path in manifest.created_tablespaces.values()}
+        manifest,
+        {path: path_exists(path) for path in manifest.created_tablespaces.values() if path},
     )
+    locations = plan.map_tablespaces(manifest, request.tablespace_map, request.target)
     view = ChainView(repository, chain)
     entries = list(view.files.values())
     plan.check_paths(entries, locations)
@@ -191,7 +192,7 @@ def _write_recovery(
     """Label, recovery settings, known histories, missing configuration, and the manifests."""
     paths = {entry.path for entry in entries}
     links = {entry.path for entry in entries if entry.kind is EntryKind.SYMLINK}
-    in_place = any(
+    in_place = "" in manifest.created_tablespaces.values() or any(
         path.startswith("pg_tblspc/") and path.count("/") == 1 and path not in links
         for path in paths
     )
