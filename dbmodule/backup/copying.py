@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any
 
 from dbmodule.backup.copier import Copier, CopyResult, Suspect
 from dbmodule.datafile import Kind
 from dbmodule.errors import CancelledError
 from dbmodule.ident import Lsn
+from dbmodule.parallel import batches, in_order
 from dbmodule.ports import Cancelled, Progress
 from dbmodule.registry import EntryKind
 from dbmodule.repository.tables import FileEntry, TableWriter
 
-BATCH_BYTES = 8 << 20
-BATCH_FILES = 64
 ALIVE_SECONDS = 2.0
 
 PlannedFile = tuple[str, Kind, int]
@@ -50,20 +47,6 @@ class CopyTotals:
         self.bytes_read += result.bytes_read
         self.bytes_changed += result.bytes_changed
         self.suspects.extend(result.suspects)
-
-
-def batches(files: Sequence[PlannedFile]) -> Iterator[list[PlannedFile]]:
-    """Files grouped so that one task is worth a thread's while."""
-    batch: list[PlannedFile] = []
-    size = 0
-    for file in files:
-        batch.append(file)
-        size += file[2]
-        if size >= BATCH_BYTES or len(batch) >= BATCH_FILES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 def add_result(tables: TableWriter, result: CopyResult) -> None:
@@ -110,38 +93,25 @@ def copy_files(
     def run(batch: list[PlannedFile]) -> list[CopyResult | None]:
         return [copier.copy(path, kind) for path, kind, _ in batch]
 
-    with ThreadPoolExecutor(threads, thread_name_prefix="copy") as pool:
-        window: deque[tuple[list[PlannedFile], Future[Any]]] = deque()
-        waiting = batches(files)
-        try:
-            while True:
-                while len(window) < 2 * threads:
-                    batch = next(waiting, None)
-                    if batch is None:
-                        break
-                    window.append((batch, pool.submit(run, batch)))
-                if not window:
-                    break
-                batch, future = window.popleft()
-                results: list[CopyResult | None] = future.result()
-                for file, result in zip(batch, results, strict=True):
-                    listed += file[2]
-                    if result is None:
-                        continue  # dropped since it was listed
-                    if any(s.lsn < start_lsn for s in result.suspects):
-                        again.append(file)
-                        continue
-                    totals.count(result)
-                    add_result(tables, result)
-                progress("copy", listed, expected)
-                if cancelled():
-                    raise CancelledError("the backup was cancelled")
-                if time.monotonic() - asked > ALIVE_SECONDS:
-                    ensure_alive()
-                    asked = time.monotonic()
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
+    grouped = batches(files, lambda file: file[2])
+    running = in_order(run, grouped, threads=threads, name="copy")
+    with closing(running):
+        for batch, results in running:
+            for file, result in zip(batch, results, strict=True):
+                listed += file[2]
+                if result is None:
+                    continue  # dropped since it was listed
+                if any(s.lsn < start_lsn for s in result.suspects):
+                    again.append(file)
+                    continue
+                totals.count(result)
+                add_result(tables, result)
+            progress("copy", listed, expected)
+            if cancelled():
+                raise CancelledError("the backup was cancelled")
+            if time.monotonic() - asked > ALIVE_SECONDS:
+                ensure_alive()
+                asked = time.monotonic()
     for path, kind, _ in again:
         result = copier.copy(path, kind)
         if result is not None:

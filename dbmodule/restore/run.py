@@ -7,9 +7,9 @@ and a marker says why.
 from __future__ import annotations
 
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,6 +20,7 @@ from dbmodule.datafile import CONTROL_FILE, RECREATED_DIRECTORIES
 from dbmodule.errors import CancelledError
 from dbmodule.ident import BackupId
 from dbmodule.manifest import Manifest
+from dbmodule.parallel import batches, in_order
 from dbmodule.ports import Cancelled, Progress, TargetDirectory
 from dbmodule.registry import EntryKind
 from dbmodule.reports import RestoreReport
@@ -31,8 +32,6 @@ from dbmodule.restore.files import FileCounts, write_file
 from dbmodule.restore.pg_manifest import RestoredFile
 
 _NOT_IN_PG_MANIFEST = ("pg_wal/", recovery.AUTO_CONF)
-BATCH_BYTES = 8 << 20
-BATCH_FILES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,33 +90,22 @@ def restore(
     def write(batch: list[FileEntry]) -> list[tuple[RestoredFile, FileCounts]]:
         return [_write_one(repository, view, target, e, staged_control) for e in batch]
 
-    with ThreadPoolExecutor(request.threads, thread_name_prefix="restore") as pool:
-        window: deque[Future[list[tuple[RestoredFile, FileCounts]]]] = deque()
-        waiting = _batches(files)
-        try:
-            while True:
-                while len(window) < 2 * request.threads:
-                    batch = next(waiting, None)
-                    if batch is None:
-                        break
-                    window.append(pool.submit(write, batch))
-                if not window:
-                    break
-                for file, counts in window.popleft().result():
-                    restored.append(file)
-                    total.bytes_written += counts.bytes_written
-                    total.frames_read += counts.frames_read
-                    total.pages_from.update(counts.pages_from)
-                    done += file.size
-                progress("write", done, expected)
-                if cancelled():
-                    raise CancelledError(
-                        "the restore was cancelled",
-                        hint=f"Remove {request.target}: it holds no usable cluster.",
-                    )
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
+    grouped = batches(files, lambda entry: entry.size)
+    running = in_order(write, grouped, threads=request.threads, name="restore")
+    with closing(running):
+        for _, results in running:
+            for file, counts in results:
+                restored.append(file)
+                total.bytes_written += counts.bytes_written
+                total.frames_read += counts.frames_read
+                total.pages_from.update(counts.pages_from)
+                done += file.size
+            progress("write", done, expected)
+            if cancelled():
+                raise CancelledError(
+                    "the restore was cancelled",
+                    hint=f"Remove {request.target}: it holds no usable cluster.",
+                )
     phases["write"] = round(time.monotonic() - copying, 3)
 
     finishing = time.monotonic()
@@ -150,19 +138,6 @@ def _make_directories(target: TargetDirectory, entries: Iterable[FileEntry]) -> 
     for entry in ordered:
         if entry.kind is EntryKind.DIRECTORY:
             target.make_directory(entry.path, entry.mode)
-
-
-def _batches(files: Iterable[FileEntry]) -> Iterator[list[FileEntry]]:
-    batch: list[FileEntry] = []
-    size = 0
-    for entry in files:
-        batch.append(entry)
-        size += entry.size
-        if size >= BATCH_BYTES or len(batch) >= BATCH_FILES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 def _write_one(
