@@ -178,9 +178,10 @@ def _run(base: Path, source: LocalCluster, scale: int, progress: Progress) -> De
     with timed("digest the source"):
         expected = _digests(source)
     copy = LocalCluster(source.bindir, target, base / "server" / "copy", 5432, source.os_user)
-    with timed("start the restored copy"):
-        copy.start({"archive_mode": "off", "listen_addresses": ""})
     try:
+        with timed("start and recover the copy"):
+            copy.start({"archive_mode": "off", "listen_addresses": ""})
+            copy.wait_recovered()
         with timed("digest the copy"):
             found = _digests(copy)
     finally:

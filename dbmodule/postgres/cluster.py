@@ -304,6 +304,14 @@ class LocalCluster:
             time.sleep(_POLL_SECONDS)
         raise self._failure("did not start")
 
+    def wait_recovered(self, timeout: float = 60.0) -> None:
+        """Wait until a restored copy has ended its recovery and can be written to."""
+        deadline = time.monotonic() + timeout
+        while self.scalar("SELECT pg_is_in_recovery()"):
+            if time.monotonic() > deadline:
+                raise self._failure(f"was still in recovery after {timeout:g} s")
+            time.sleep(_POLL_SECONDS)
+
     def stop(self, mode: StopMode = "fast", *, timeout: float = 60.0) -> None:
         """Shut down and wait for the end; no error when the server does not run.
 

@@ -21,6 +21,7 @@ def test_a_copy_of_a_stopped_cluster_starts_and_is_sound(site: Site) -> None:
     assert oracles.pg_verifybackup(site.cluster, restored) == []
     copy = site.copy_at(restored)
     copy.start(COPY_OPTIONS)
+    copy.wait_recovered()
     assert oracles.digests(copy) == expected
     assert copy.scalar("SELECT timeline_id FROM pg_control_checkpoint()") == 2
     assert oracles.server_oracle(copy) == []

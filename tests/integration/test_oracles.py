@@ -145,6 +145,7 @@ def test_server_and_data_oracles(site: Site, kind: str) -> None:
     assert oracles.pg_verifybackup(site.cluster, restored) == []
     copy = site.copy_at(restored)
     copy.start()
+    copy.wait_recovered()
     assert oracles.digests(copy) == expected
     assert copy.scalar("SELECT count(*) FROM forgetful") == 0
     assert oracles.server_oracle(copy) == []
