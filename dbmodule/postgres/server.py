@@ -90,6 +90,14 @@ class PsycopgServer:
                 error,
                 "`dbmodule check` lists the grants that this role is missing.",
             ) from error
+        except psycopg.errors.AdminShutdown as error:
+            # What the server does to a session, too, whose slot keeps more WAL than is allowed.
+            raise _server_error(
+                "the server ended the session of this backup",
+                error,
+                "It was stopped, or more WAL was written than max_slot_wal_keep_size lets a backup"
+                " keep: look into its log.",
+            ) from error
         except psycopg.Error as error:
             raise _server_error("the server failed", error) from error
 
