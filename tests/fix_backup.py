@@ -75,9 +75,10 @@ class Site:
     def start_copy(
         self, backup: str = "latest", tablespace_map: Mapping[str, Path] | None = None
     ) -> LocalCluster:
-        """Restore, and start a server on what was restored."""
+        """Restore, start a server on what was restored, and wait for the end of its recovery."""
         copy = self.copy_at(self.restore(backup, tablespace_map))
         copy.start(COPY_OPTIONS)
+        copy.wait_recovered()
         return copy
 
     def baseline_of(self, report: BackupReport) -> BackupId:
