@@ -162,7 +162,10 @@ def test_changes_that_leave_no_newer_lsn_are_found(
 ) -> None:
     """Bytes of a stopped cluster change in every way, and its files' times are put back.
 
-    Without checksums only LSNs, contents and file identities can tell.
+    Without checksums only LSNs, contents and file identities can tell. Seen to fail when being
+    older than the baseline was enough to be unchanged, when identities were size and mtime only,
+    when a zero page counted as unchanged, when ``_fsm`` and ``_vm`` were compared by page marks,
+    and when block numbers began anew in each segment.
     """
     site = make_site(major, checksums=sums, settings=QUIET | {"wal_log_hints": "on"})
     sizes = {
@@ -202,7 +205,10 @@ def test_changes_that_leave_no_newer_lsn_are_found(
 def test_files_are_skipped_by_identity_only(
     make_site: SiteFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What an identity needs in order to be recorded, and to count."""
+    """What an identity needs in order to be recorded, and to count.
+
+    Seen to fail when the boot was not asked for, and when a young file's identity was recorded.
+    """
     site = make_site(settings=QUIET)
     run(site.cluster, table_of_pages("quiet", 20) + table_of_pages("busy", 20) + "CHECKPOINT")
     let_files_age(site)
@@ -280,7 +286,7 @@ def test_moved_rewritten_and_reused_files_are_found(make_site: SiteFactory, pg_m
     """DDL of every kind in two intervals, judged by bytes, by the server's tools and by data.
 
     Without checksums on 15, so that a visibility map page whose bit was cleared keeps LSN and
-    checksum.
+    checksum: seen to fail when that fork was compared by page marks.
     """
     settings = QUIET | {"wal_log_hints": "on"}
     site = make_site(pg_major, checksums=pg_major != 15, settings=settings)
@@ -330,7 +336,10 @@ def test_long_chains_without_checksums_bear_hint_bits(make_site: SiteFactory) ->
 
 
 def test_checksums_switched_offline(make_site: SiteFactory) -> None:
-    """Other checksums than the baseline's: content. Off and on again: marks tell all."""
+    """Other checksums than the baseline's: content. Off and on again: marks tell all.
+
+    Seen to fail when the baseline's checksum state was not compared.
+    """
     site = make_site(18, settings=QUIET)
     run(site.cluster, table_of_pages("kept", 50) + "DELETE FROM kept WHERE i % 9 = 0; CHECKPOINT")
     site.full()
@@ -360,7 +369,10 @@ def test_checksums_switched_offline(make_site: SiteFactory) -> None:
 
 
 def test_pages_without_a_real_lsn_stay_right(make_site: SiteFactory) -> None:
-    """A bulk load that was not logged leaves LSN 0: such a file is compared by content for good."""
+    """A bulk load that was not logged leaves LSN 0: such a file is compared by content for good.
+
+    Seen to fail when an LSN below one WAL segment counted as any other.
+    """
     # Without checksums, since a hint bit would log the page and give it an LSN.
     site = make_site(15, checksums=False, settings=QUIET | {"wal_log_hints": "off"})
     unlogged = {"wal_level": "minimal", "max_wal_senders": "0", "wal_skip_threshold": "0"}
@@ -394,7 +406,10 @@ def test_pages_without_a_real_lsn_stay_right(make_site: SiteFactory) -> None:
 
 
 def test_without_lineage_marks_content_is_compared(make_site: SiteFactory) -> None:
-    """Marks deleted, or no extension to hold them: content, with the reason; scan is refused."""
+    """Marks deleted, or no extension to hold them: content, with the reason; scan is refused.
+
+    Seen to fail when every baseline counted as proven.
+    """
     site = make_site(settings=QUIET)
     run(site.cluster, table_of_pages("kept", 40) + "CREATE DATABASE plain; CHECKPOINT")
     site.full()
@@ -426,7 +441,11 @@ def copy_directory(source: Path, target: Path) -> None:
 
 
 def test_a_directory_put_back_to_an_older_state_is_no_ancestor(make_site: SiteFactory) -> None:
-    """The same timeline runs twice, and its LSN passes the baseline's start the second time."""
+    """The same timeline runs twice, and its LSN passes the baseline's start the second time.
+
+    Seen to fail when every baseline counted as proven, and when a start before the baseline's
+    stop was allowed.
+    """
     site = make_site(17, settings=QUIET)
     cluster = site.cluster
     run(cluster, table_of_pages("rerun", 40))
@@ -460,7 +479,10 @@ def test_a_directory_put_back_to_an_older_state_is_no_ancestor(make_site: SiteFa
 
 
 def test_a_promoted_copy_builds_on_what_is_in_its_history_only(make_site: SiteFactory) -> None:
-    """A baseline counts for a new timeline as far as that shares the baseline's past."""
+    """A baseline counts for a new timeline as far as that shares the baseline's past.
+
+    Seen to fail when timeline histories were not compared.
+    """
     site = make_site(18, settings=QUIET)
     run(site.cluster, table_of_pages("shared", 40))
     full = site.full()

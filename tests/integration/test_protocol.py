@@ -43,6 +43,7 @@ def shared(make_module_site: SiteFactory, pg_major: int) -> Site:
 
 
 def test_wal_is_reserved_while_files_are_copied(shared: Site) -> None:
+    """Seen to fail without the slot."""
     seen: list[list[tuple[object, ...]]] = []
 
     def look() -> None:
@@ -133,7 +134,10 @@ def test_timeouts_of_the_role_do_not_end_a_backup(shared: Site) -> None:
 def test_another_servers_directory_is_refused(
     shared: Site, make_cluster: ClusterFactory, scratch: Path
 ) -> None:
-    """Copies share the system identifier, and one made of a running server even its pid file."""
+    """Copies share the system identifier, and one made of a running server even its pid file.
+
+    Seen to fail when nobody looked whether the backup's first checkpoint is on that disk.
+    """
     other = make_cluster(shared.cluster.major, start=False)
     with pytest.raises(WrongClusterError) as refusal:
         shared.app_with(pgdata=other.datadir).backup(BackupOptions(BackupType.FULL))
@@ -254,7 +258,7 @@ def test_other_wal_segment_sizes_and_a_name_that_is_taken(
 def _wal_that_the_server_removes(site: Site) -> None:
     """Kept by the slot, much WAL does no harm; removed in spite of it, there is no backup.
 
-    Seen to fail without the slot, and without the check that each segment is there.
+    Seen to fail without the slot.
     """
 
     def write_much() -> None:
