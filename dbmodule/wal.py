@@ -67,12 +67,17 @@ _RECORD = struct.Struct("<IIQBB2xI")
 _HEADER = _RECORD.size
 _RECORD_LIMIT = 1020 * 1024 * 1024
 _CRC_AT = 20
-_XLOG, _TABLESPACE = 0, 5
+_XLOG, _DATABASE, _TABLESPACE = 0, 4, 5
 _OPERATION = 0xF0
 _SWITCH, _OVERWRITE_CONTRECORD = 0x40, 0xD0
 _CREATE_TABLESPACE = 0x00
+_COPY_DATABASE, _DROP_DATABASE = 0x00, 0x20
 _OID = struct.Struct("<I")
 _LSN = struct.Struct("<Q")
+# OIDs of a new database, of its tablespace, of its source, and of that one's tablespace.
+_DATABASE_COPY = struct.Struct("<IIII")
+# OID of a database, and the number of OIDs of tablespaces that follow.
+_DATABASE_DROP = struct.Struct("<II")
 
 _HINT = "This WAL cannot be replayed: take another backup, and check the disk it came from."
 
@@ -155,12 +160,26 @@ class CreatedTablespace:
 
 
 @dataclass(frozen=True, slots=True)
+class DatabaseCopy:
+    """A database copied or moved file by file, which replay repeats from the source's directory.
+
+    Directories are (OID of the tablespace, OID of the database).
+    """
+
+    source: tuple[int, int]
+    copy: tuple[int, int]
+    lsn: Lsn
+
+
+@dataclass(frozen=True, slots=True)
 class WalSummary:
     """What a completed walk has seen."""
 
     records: int
     end_lsn: Lsn
     created_tablespaces: list[CreatedTablespace]
+    lost_copies: tuple[DatabaseCopy, ...] = ()
+    """Those whose source was removed afterwards: a backup taken meanwhile may hold a part of it."""
 
 
 def check_segments(
@@ -237,6 +256,8 @@ class WalReader:
         self._name = ""
         self._records = 0
         self._created: list[CreatedTablespace] = []
+        self._copies: list[DatabaseCopy] = []
+        self._lost: list[DatabaseCopy] = []
         # State between records: where the last one started (None before the first), the part of
         # an unfinished one and where it starts, and one whose rest was lost in a crash.
         self._previous: int | None = None
@@ -275,7 +296,7 @@ class WalReader:
                 f"{format_lsn(self._stop)}",
                 hint="Keep WAL longer (a replication slot, or an archive), and take another.",
             )
-        return WalSummary(self._records, self._stop, self._created)
+        return WalSummary(self._records, self._stop, self._created, tuple(self._lost))
 
     def _check_long_header(self, data: Buffer, base: int) -> None:
         system_identifier, segment_size, page_size = _LONG_HEADER_TAIL.unpack_from(
@@ -382,6 +403,8 @@ class WalReader:
                 continue
             if manager == _TABLESPACE and info & _OPERATION == _CREATE_TABLESPACE:
                 self._created.append(_created_tablespace(bytes(view[position:end]), lsn))
+            elif manager == _DATABASE:
+                self._see_database(info, _main_data(bytes(view[position:end])), Lsn(lsn))
             position = end + 7 & ~7
 
         self._records, self._previous = records, previous
@@ -391,6 +414,20 @@ class WalReader:
         self._check_continuations(segment, walked, remaining, overwritten)
         if self._next == self._last and (position != stop or self._aborted is not None):
             raise self._damage(self._stop, "no record ends here, where the backup stopped")
+
+    def _see_database(self, info: int, data: bytes, lsn: Lsn) -> None:
+        """Remember copies of databases, and which of them lose their source."""
+        if info & _OPERATION == _COPY_DATABASE:
+            database, tablespace, source, source_tablespace = _DATABASE_COPY.unpack_from(data)
+            copy = DatabaseCopy((source_tablespace, source), (tablespace, database), lsn)
+            # A move removes its source before it says so, perhaps beyond the stop LSN.
+            (self._lost if source == database else self._copies).append(copy)
+        elif info & _OPERATION == _DROP_DATABASE:
+            database, count = _DATABASE_DROP.unpack_from(data)
+            places = struct.unpack_from(f"<{count}I", data, _DATABASE_DROP.size)
+            gone = {(tablespace, database) for tablespace in places}
+            self._lost += [copy for copy in self._copies if copy.source in gone]
+            self._copies = [copy for copy in self._copies if copy.source not in gone]
 
     def _stream(self, data: Buffer) -> bytearray:
         """What is carried over, then the bodies of the segment's pages, then a header's length.

@@ -9,7 +9,7 @@ import numpy as np
 
 from dbmodule import wal
 from dbmodule.delta import FRAME_BYTES, Extents, Refs, to_extents, zero_refs
-from dbmodule.errors import SourceError
+from dbmodule.errors import ServerError, SourceError
 from dbmodule.ident import PAGE_SIZE, Lsn, SystemId, Timeline
 from dbmodule.ports import DataDirectory
 from dbmodule.registry import EntryFlag, EntryKind, FileIdentity
@@ -89,7 +89,7 @@ def store_wal(
     """Store and check the segments `names`; gives their bytes and what their records say.
 
     Raises `SourceError` when a segment is missing or not sound: a backup whose WAL is not stored
-    is not a backup.
+    is not a backup; `ServerError` when replaying it would copy a database that is not there.
     """
     total = 0
 
@@ -116,4 +116,12 @@ def store_wal(
         start_lsn=needed.start_lsn,
         stop_lsn=needed.stop_lsn,
     )
+    if summary.lost_copies:
+        tablespace, database = summary.lost_copies[0].source
+        raise ServerError(
+            f"during the backup the database with OID {database} was moved out of tablespace"
+            f" {tablespace}, or copied from there and dropped: recovery would repeat that from"
+            " files of which the backup may hold a part only",
+            hint="Run the backup again.",
+        )
     return total, summary

@@ -16,6 +16,7 @@ from dbmodule.ident import Lsn, Timeline
 from dbmodule.wal import (
     Buffer,
     CreatedTablespace,
+    DatabaseCopy,
     WalSummary,
     check_segments,
     history_name,
@@ -292,6 +293,21 @@ def test_created_tablespaces_are_listed() -> None:
         CreatedTablespace(16400, "/srv/fast", Lsn(first)),
         CreatedTablespace(16401, "", Lsn(second)),
     ]
+
+
+def test_copies_of_databases_that_lose_their_source_are_listed() -> None:
+    wal = WalWriter()
+    copied = wal.lsn + 40
+    wal.main_data(struct.pack("<IIII", 20, 1663, 16, 1664), 4, 0)
+    wal.main_data(struct.pack("<IIII", 21, 1663, 4, 1663), 4, 0)  # its source stays
+    moved = wal.lsn
+    wal.main_data(struct.pack("<IIII", 30, 1665, 30, 1663), 4, 0)
+    wal.main_data(struct.pack("<II", 22, 1663), 4, 0x10)  # through WAL: needs no source
+    stop = wal.main_data(struct.pack("<IIII", 16, 2, 1663, 1664), 4, 0x20)
+    assert check(wal.segments(), stop).lost_copies == (
+        DatabaseCopy((1663, 30), (1665, 30), Lsn(moved)),
+        DatabaseCopy((1664, 16), (1663, 20), Lsn(copied)),
+    )
 
 
 @given(st.data())
