@@ -24,6 +24,7 @@ from dbmodule.pgdata.source import LocalDataDirectory, host_boot_id
 from dbmodule.pgdata.target import LocalTargetDirectory, staged_name
 from dbmodule.ports import Cancelled, Job, Progress, never_cancelled, no_progress
 from dbmodule.postgres import extension
+from dbmodule.postgres.dsn import check_dsn
 from dbmodule.postgres.server import PsycopgServer
 from dbmodule.reports import (
     BackupDetails,
@@ -48,6 +49,8 @@ class App:
 
     @classmethod
     def open(cls, config: Config) -> App:
+        """Raises `UsageError` when the configuration cannot be meant."""
+        check_dsn(config.server.dsn)
         return cls(config)
 
     # -- set-up ---------------------------------------------------------------------------------
@@ -104,6 +107,7 @@ class App:
             directory = tablespace_version_directory(identity.major, identity.catalog_version)
             if extension.installed_version(settings.dsn) is not None:
                 catalog = SqlCatalog(settings.dsn)
+        setup.keep_apart(self._config.repository.url, root)
         return Environment(
             repository=repository,
             cluster=self._config.repository.cluster,
@@ -140,6 +144,7 @@ class App:
         """Write a data directory that starts; raises a `DbmoduleError`."""
         repository = self._repository()
         manifests, unreadable = repository.readable_manifests(self._config.repository.cluster)
+        setup.keep_apart(self._config.repository.url, options.target)
         request = RestoreRequest(
             backup=listing.resolve(manifests, options.backup, unreadable),
             target=options.target.absolute(),

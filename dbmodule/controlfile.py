@@ -30,7 +30,7 @@ _FIELDS = struct.Struct(
     "Q I I ? 7x 64x"  # redo, ThisTimeLineID, PrevTimeLineID, fullPageWrites of checkPointCopy
     "8x Q I 4x"  # (unloggedLSN), minRecoveryPoint, minRecoveryPointTLI
     "Q Q ? 3x"  # backupStartPoint, backupEndPoint, backupEndRequired
-    "I ? 3x 20x 4x 4x 8x"  # wal_level, wal_log_hints
+    "I ? 3x 5i 4x 4x 8x"  # wal_level, wal_log_hints, MaxConnections to max_locks_per_xact
     "I I I I"  # blcksz, relseg_size, xlog_blcksz, xlog_seg_size
     "16x 4x I"  # data_checksum_version
 )
@@ -79,6 +79,11 @@ class ControlFile:
     backup_end_required: bool
     wal_level: WalLevel
     wal_log_hints: bool
+    max_connections: int
+    max_worker_processes: int
+    max_wal_senders: int
+    max_prepared_transactions: int
+    max_locks_per_transaction: int
     block_size: int
     blocks_per_segment: int
     wal_block_size: int
@@ -132,6 +137,11 @@ def _from_fields(data: bytes) -> ControlFile:
         backup_end_required,
         wal_level,
         wal_log_hints,
+        max_connections,
+        max_worker_processes,
+        max_wal_senders,
+        max_prepared_transactions,
+        max_locks_per_transaction,
         block_size,
         blocks_per_segment,
         wal_block_size,
@@ -162,6 +172,11 @@ def _from_fields(data: bytes) -> ControlFile:
         backup_end_required=backup_end_required,
         wal_level=known_level,
         wal_log_hints=wal_log_hints,
+        max_connections=max_connections,
+        max_worker_processes=max_worker_processes,
+        max_wal_senders=max_wal_senders,
+        max_prepared_transactions=max_prepared_transactions,
+        max_locks_per_transaction=max_locks_per_transaction,
         block_size=block_size,
         blocks_per_segment=blocks_per_segment,
         wal_block_size=wal_block_size,

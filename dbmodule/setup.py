@@ -8,12 +8,18 @@ from pathlib import Path
 
 from dbmodule import doctor
 from dbmodule.config import Config, load_config, render_toml
-from dbmodule.errors import DbmoduleError, ObjectExistsError, ServerError, UsageError
+from dbmodule.errors import (
+    DbmoduleError,
+    ObjectExistsError,
+    ServerError,
+    TargetError,
+    UsageError,
+)
 from dbmodule.postgres import extension
 from dbmodule.postgres.server import PsycopgServer
 from dbmodule.reports import Finding, InitReport
 from dbmodule.repository.repository import Repository
-from dbmodule.storage import open_store
+from dbmodule.storage import local_path, open_store
 
 
 def init(config: Config, *, config_path: Path, with_extension: bool) -> InitReport:
@@ -29,6 +35,7 @@ def init(config: Config, *, config_path: Path, with_extension: bool) -> InitRepo
         config = config.model_copy(
             update={"server": config.server.model_copy(update={"pgdata": pgdata})}
         )
+    keep_apart(config.repository.url, config.server.pgdata or Path(identity.data_directory))
     store = open_store(config.repository.url)
     created = True
     try:
@@ -98,3 +105,15 @@ def install_extension(dsn: str, directory: Path | None) -> list[str]:
         "present": "the functions and tables are there already",
     }
     return [*done, words[made]]
+
+
+def keep_apart(url: str, directory: Path) -> None:
+    """Refuse a repository and a data directory that lie in each other; raises `TargetError`."""
+    repository, other = local_path(url), directory.resolve()
+    if repository is not None and (
+        repository.is_relative_to(other) or other.is_relative_to(repository)
+    ):
+        raise TargetError(
+            f"the repository {repository} and the data directory {other} lie in each other",
+            hint="Keep them apart, best on different disks.",
+        )

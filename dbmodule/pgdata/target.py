@@ -69,10 +69,16 @@ class LocalTargetFile:
 
 
 class LocalTargetDirectory:
-    """`ports.TargetDirectory` at `root`; `locations` maps a tablespace's OID to its place here."""
+    """`ports.TargetDirectory` at `root`; `locations` maps a tablespace's OID to its place here.
 
-    def __init__(self, root: Path, locations: Mapping[str, Path], owner: str) -> None:
+    With `group_access` the owner's group may read it all, as after ``initdb --allow-group-access``.
+    """
+
+    def __init__(
+        self, root: Path, locations: Mapping[str, Path], owner: str, group_access: bool
+    ) -> None:
         self.path = str(root)
+        self._directory_mode, self._file_mode = (0o750, 0o640) if group_access else (0o700, 0o600)
         self._root = root
         self._locations = {oid: path for oid, path in locations.items()}
         self._ids = _ids_of(owner)
@@ -87,7 +93,7 @@ class LocalTargetDirectory:
         for place in (self._root, *self._locations.values()):
             try:
                 place.mkdir(mode=0o700, parents=True, exist_ok=True)
-                place.chmod(0o700)
+                place.chmod(self._directory_mode)
                 self._own(place)
             except OSError as error:
                 raise _failed(place, error) from error
@@ -158,7 +164,7 @@ class LocalTargetDirectory:
             place.unlink(missing_ok=True)
         except OSError as error:
             raise _failed(place, error) from error
-        file = self.create(path, 0o600, 0)
+        file = self.create(path, self._file_mode, 0)
         file.write(data, 0)
         return file.finish()
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+
+from dbmodule.controlfile import ControlFile
 from dbmodule.ident import BackupId
 
 AUTO_CONF = "postgresql.auto.conf"
@@ -17,7 +21,34 @@ MINIMAL_CONFIGURATION = {
 }
 
 
-def recovery_settings(backup: BackupId, *, in_place_tablespaces: bool) -> str:
+DEFAULTS = {
+    "max_connections": 100,
+    "max_worker_processes": 8,
+    "max_wal_senders": 10,
+    "max_prepared_transactions": 0,
+    "max_locks_per_transaction": 64,
+}
+"""Settings that recovery needs to be as large as at the source, and what they are if not set."""
+
+
+def too_small(control: ControlFile, configuration: str) -> dict[str, int]:
+    """Settings of `DEFAULTS` that `configuration` makes smaller than they were at the source.
+
+    They may have been set outside the data directory or on the server's command line. Files that
+    the configuration includes are not looked into: a value from there is then repeated.
+    """
+    missing: dict[str, int] = {}
+    for name, default in DEFAULTS.items():
+        set_to = re.findall(rf"(?mi)^\s*{name}\s*=?\s*'?(\d+)", configuration)
+        needed: int = getattr(control, name)
+        if needed > (int(set_to[-1]) if set_to else default):
+            missing[name] = needed
+    return missing
+
+
+def recovery_settings(
+    backup: BackupId, *, in_place_tablespaces: bool, minimums: Mapping[str, int]
+) -> str:
     """What is appended to ``postgresql.auto.conf``; later settings win over earlier ones.
 
     All WAL that is needed lies in ``pg_wal``, so the restore command finds nothing. Recovery is
@@ -29,4 +60,5 @@ def recovery_settings(backup: BackupId, *, in_place_tablespaces: bool) -> str:
     lines.append("recovery_target_timeline = 'current'")
     if in_place_tablespaces:
         lines.append("allow_in_place_tablespaces = on")
+    lines += [f"{name} = {value}" for name, value in minimums.items()]
     return "\n".join(lines) + "\n"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from dbmodule import wal
+from dbmodule import controlfile, wal
 from dbmodule.chain import chain_of
 from dbmodule.datafile import CONTROL_FILE, RECREATED_DIRECTORIES
 from dbmodule.errors import CancelledError
@@ -22,7 +22,7 @@ from dbmodule.ident import BackupId
 from dbmodule.manifest import Manifest
 from dbmodule.parallel import batches, in_order
 from dbmodule.ports import Cancelled, Progress, TargetDirectory
-from dbmodule.registry import EntryKind
+from dbmodule.registry import EntryFlag, EntryKind
 from dbmodule.reports import RestoreReport
 from dbmodule.repository.chainview import ChainView
 from dbmodule.repository.repository import Repository
@@ -42,8 +42,10 @@ class RestoreRequest:
     threads: int
 
 
-OpenTarget = Callable[[Path, Mapping[str, Path], str], TargetDirectory]
-"""(root, OID → location, owner) → the adapter that writes there."""
+OpenTarget = Callable[[Path, Mapping[str, Path], str, bool], TargetDirectory]
+"""(root, OID → location, owner, may its group read) → the adapter that writes there."""
+
+_GROUP_READS = 0o040
 
 
 def restore(
@@ -75,9 +77,12 @@ def restore(
     view = ChainView(repository, chain)
     entries = list(view.files.values())
     plan.check_paths(entries, locations)
-    target = open_target(request.target, locations, manifest.owner)
+    version = view.files.get("PG_VERSION")
+    group_access = version is not None and bool(version.mode & _GROUP_READS)
+    target = open_target(request.target, locations, manifest.owner, group_access)
     target.begin()
-    _make_directories(target, entries)
+    _make_directories(target, entries, 0o750 if group_access else 0o700)
+    wal_mode = 0o640 if group_access else 0o600
     phases["prepare"] = round(time.monotonic() - began, 3)
 
     copying = time.monotonic()
@@ -88,7 +93,7 @@ def restore(
     done = 0
 
     def write(batch: list[FileEntry]) -> list[tuple[RestoredFile, FileCounts]]:
-        return [_write_one(repository, view, target, e, staged_control) for e in batch]
+        return [_write_one(repository, view, target, e, staged_control, wal_mode) for e in batch]
 
     grouped = batches(files, lambda entry: entry.size)
     running = in_order(write, grouped, threads=request.threads, name="restore")
@@ -110,7 +115,8 @@ def restore(
 
     finishing = time.monotonic()
     progress("finish", 0, 0)
-    _write_recovery(target, manifest, entries, restored, _histories(backups.values(), manifest))
+    histories = _histories(backups.values(), manifest)
+    _write_recovery(target, manifest, entries, restored, histories, staged_control)
     target.finish(CONTROL_FILE)
     phases["finish"] = round(time.monotonic() - finishing, 3)
     return RestoreReport(
@@ -125,9 +131,9 @@ def restore(
     )
 
 
-def _make_directories(target: TargetDirectory, entries: Iterable[FileEntry]) -> None:
+def _make_directories(target: TargetDirectory, entries: Iterable[FileEntry], mode: int) -> None:
     for path in RECREATED_DIRECTORIES:
-        target.make_directory(path, 0o700)
+        target.make_directory(path, mode)
     ordered = sorted(entries, key=lambda e: e.path)
     for entry in ordered:
         if entry.kind is EntryKind.DIRECTORY and entry.path == "pg_tblspc":
@@ -146,9 +152,11 @@ def _write_one(
     target: TargetDirectory,
     entry: FileEntry,
     staged_control: str,
+    wal_mode: int,
 ) -> tuple[RestoredFile, FileCounts]:
     path = staged_control if entry.path == CONTROL_FILE else entry.path
-    file = target.create(path, entry.mode, entry.size)
+    mode = wal_mode if EntryFlag.WAL in entry.flags else entry.mode
+    file = target.create(path, mode, entry.size)
     try:
         counts = write_file(view, repository.frames, entry.path, entry.size, file)
     except BaseException:
@@ -163,6 +171,7 @@ def _write_recovery(
     entries: Iterable[FileEntry],
     restored: list[RestoredFile],
     histories: Mapping[str, str],
+    staged_control: str,
 ) -> None:
     """Label, recovery settings, known histories, missing configuration, and the manifests."""
     paths = {entry.path for entry in entries}
@@ -180,9 +189,17 @@ def _write_recovery(
     for name, text in recovery.MINIMAL_CONFIGURATION.items():
         if name not in paths:
             add(name, text.encode())
-    settings = recovery.recovery_settings(manifest.backup_id, in_place_tablespaces=in_place)
     before = target.read(recovery.AUTO_CONF) if recovery.AUTO_CONF in paths else b""
-    target.write(recovery.AUTO_CONF, before + settings.encode())
+    configuration = target.read("postgresql.conf") + b"\n" + before
+    settings = recovery.recovery_settings(
+        manifest.backup_id,
+        in_place_tablespaces=in_place,
+        minimums=recovery.too_small(
+            controlfile.parse(target.read(staged_control)),
+            configuration.decode("utf-8", "replace"),
+        ),
+    )
+    target.write(recovery.AUTO_CONF, before + b"\n" + settings.encode())
     target.write(recovery.SIGNAL, b"")
     for name, text in histories.items():
         if f"pg_wal/{name}" not in paths:

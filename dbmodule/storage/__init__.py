@@ -11,7 +11,7 @@ from dbmodule.ports import ObjectStore
 from dbmodule.storage.local import LocalStore
 from dbmodule.storage.memory import MemoryStore
 
-__all__ = ["LocalStore", "MemoryStore", "open_store"]
+__all__ = ["LocalStore", "MemoryStore", "local_path", "open_store"]
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(?=://)")
 
@@ -37,6 +37,14 @@ def open_store(url: str, *, allow_memory: bool = False) -> ObjectStore:
                 f"repository scheme {other}:// is not supported",
                 hint="Use a path or file:///path.",
             )
+
+
+def local_path(url: str) -> Path | None:
+    """Where a repository's directory is, links resolved; None for one that is elsewhere."""
+    scheme = _SCHEME.match(url)
+    if scheme is None:
+        return Path(url).resolve()
+    return _path_of(url).resolve() if scheme[0].lower() == "file" else None
 
 
 def _path_of(url: str) -> Path:

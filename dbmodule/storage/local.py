@@ -24,7 +24,7 @@ _NO_HARD_LINKS = (
     "to commit atomically: put it on ext4, XFS, btrfs, ZFS or NFS."
 )
 _HINTS = {
-    errno.ENOSPC: "Free some space on that file system, or expire old backups, and run again.",
+    errno.ENOSPC: "Free some space on that file system, or enlarge it, and run again.",
     errno.EDQUOT: "The disk quota is used up: raise it or free some space, and run again.",
     errno.EROFS: "The file system is mounted read-only: remount it for writing.",
     errno.EACCES: "Give the user that runs dbmodule the right to read and write there.",

@@ -17,6 +17,7 @@ from dbmodule.ports import ObjectStore
 from dbmodule.registry import EntryFlag, EntryKind, FileIdentity
 from dbmodule.repository.repository import Repository
 from dbmodule.repository.tables import FileEntry, TableWriter, encode_root
+from tests.control import control_file
 
 NO_IDENTITY = FileIdentity(0, 0, 0, 0, 0)
 
@@ -58,7 +59,7 @@ def commit_hostile(
         tables = TableWriter(frames)
         for entry in entries:
             tables.add_file(entry)
-        for path, data in {"global/pg_control": bytes(range(256)) * 32, **(files or {})}.items():
+        for path, data in {"global/pg_control": control_file(1800), **(files or {})}.items():
             add_file(tables, frames, path, data)
         for lie in lies:
             extents = np.array(list(lie.extents), EXTENT)

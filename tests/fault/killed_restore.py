@@ -26,8 +26,10 @@ CLUSTER = "main"
 class DyingTarget(LocalTargetDirectory):
     """Kills the process at file number `at`."""
 
-    def __init__(self, root: Path, locations: Mapping[str, Path], owner: str, at: int) -> None:
-        super().__init__(root, locations, owner)
+    def __init__(
+        self, root: Path, locations: Mapping[str, Path], owner: str, group: bool, at: int
+    ) -> None:
+        super().__init__(root, locations, owner, group)
         self._at = at
         self._made = 0
         self._counting = threading.Lock()
@@ -53,7 +55,9 @@ def main() -> None:
         repository,
         manifests,
         RestoreRequest(resolve(manifests, LATEST, {}), Path(target), {}, threads=2),
-        open_target=lambda root, locations, owner: DyingTarget(root, locations, owner, int(at)),
+        open_target=lambda root, locations, owner, group: DyingTarget(
+            root, locations, owner, group, int(at)
+        ),
         path_exists=os.path.lexists,
         staged_control=staged_name(CONTROL_FILE),
         progress=no_progress,

@@ -1,13 +1,15 @@
-"""Restores that were silently wrong until somebody tried them."""
+"""What once went wrong when somebody tried to break it."""
 
 from __future__ import annotations
 
 import pytest
 
-from dbmodule.errors import ServerError
+from dbmodule.app import App
+from dbmodule.config import RepositorySection, ServerSection
+from dbmodule.errors import ServerError, TargetError, UsageError
 from dbmodule.ident import BackupType
-from dbmodule.reports import BackupOptions
-from tests.fix_backup import Site, SiteFactory
+from dbmodule.reports import BackupOptions, RestoreOptions
+from tests.fix_backup import COPY_OPTIONS, Site, SiteFactory
 
 
 @pytest.fixture(scope="module")
@@ -31,3 +33,59 @@ def test_a_database_that_moves_meanwhile_fails_the_backup(site: Site) -> None:
     assert site.app.backups() == []
     site.cluster.execute("DROP DATABASE moving")
     site.cluster.execute("DROP TABLESPACE moved_to")
+
+
+def test_a_copy_starts_without_the_command_line_of_its_source(make_site: SiteFactory) -> None:
+    """Recovery stops where ``max_connections`` and the like are smaller than at the source."""
+    site = make_site(18)
+    site.cluster.restart()
+    site.cluster.stop("fast")
+    site.cluster.start({"max_connections": "60", "max_prepared_transactions": "7"})
+    with site.cluster.connect() as session:
+        session.autocommit = True
+        session.execute("BEGIN")
+        session.execute("CREATE TABLE prepared AS SELECT 1 AS i")
+        session.execute("PREPARE TRANSACTION 'kept'")
+    site.full()
+    copy = site.start_copy()
+    assert copy.scalar("SHOW max_connections") == "60"
+    copy.execute("COMMIT PREPARED 'kept'")
+    assert copy.scalar("SELECT i FROM prepared") == 1
+
+
+def test_group_access_is_restored(make_site: SiteFactory) -> None:
+    site = make_site(18)
+    site.cluster.stop("fast")
+    root = site.cluster.datadir
+    for path in (root, *root.rglob("*")):
+        path.chmod(0o750 if path.is_dir() else 0o640)
+    site.cluster.start()
+    site.full()
+    restored = site.restore()
+    modes = {oct(path.stat().st_mode & 0o777) for path in restored.rglob("*") if path.is_dir()}
+    assert modes == {"0o750"} == {oct(restored.stat().st_mode & 0o777)}
+    assert {oct(p.stat().st_mode & 0o777) for p in restored.rglob("*") if p.is_file()} == {"0o640"}
+    copy = site.copy_at(restored)
+    copy.start(COPY_OPTIONS)
+
+
+def test_repository_and_data_directory_are_kept_apart(make_site: SiteFactory) -> None:
+    site = make_site(18)
+    inside = RepositorySection(url=str(site.cluster.datadir / "backups"))
+    app = App.open(site.config.model_copy(update={"repository": inside}))
+    with pytest.raises(TargetError, match="lie in each other"):
+        app.init(config_path=site.base / "other.toml", extension=False)
+    assert not (site.cluster.datadir / "backups").exists()
+    site.full()
+    with pytest.raises(TargetError, match="lie in each other"):
+        site.app.restore(RestoreOptions(site.repository_path / "restored"))
+
+
+def test_a_bad_connection_string_is_not_quoted(site: Site) -> None:
+    """The driver's own message shows the part that it cannot read: the password."""
+    dsn = "postgresql://me:s3cr3t%zzpw@localhost/postgres"
+    config = site.config.model_copy(update={"server": ServerSection(dsn=dsn)})
+    with pytest.raises(UsageError) as caught:
+        App.open(config)
+    assert "s3cr3t" not in f"{caught.value.as_dict()} {caught.value.__cause__!r}"
+    assert caught.value.__suppress_context__

@@ -38,45 +38,53 @@ def _plain_copy(site: Site) -> Path:
     return copy
 
 
-def _chain(site: Site, kind: str, detect: str) -> BackupReport:
-    """full + diff, or full + incr + incr, the last one of the cleanly stopped cluster."""
+def _chain(site: Site, kind: str, detect: str) -> tuple[BackupReport, list[oracles.Difference]]:
+    """full + diff, or full + incr + incr, the last one of the cleanly stopped cluster.
+
+    Also gives the one block that may differ: the meta page of an SP-GiST index caches where it
+    last found room, without WAL and without a new LSN (``SpGistUpdateMetaPage``). The server
+    checks what it finds there, as it must after any crash, and only checksums show the change.
+    """
     workload.set_up(site.cluster)
     site.full()
     workload.run_round(site.cluster, 1)
     if kind == "incr":
         site.incr(detect=detect)
         workload.run_round(site.cluster, 2)
+    cached = site.cluster.scalar("SELECT pg_relation_filepath('document_spgist')")
+    silent = site.cluster.scalar("SHOW data_checksums") == "off" and detect == "scan"
     site.cluster.stop("fast")
     take = site.incr if kind == "incr" else site.diff
-    return take(offline=True, detect=detect)
+    return take(offline=True, detect=detect), [(cached, 0)] if silent else []
 
 
 @pytest.mark.parametrize("kind", ["diff", "incr"])
 @pytest.mark.parametrize("detect", DETECTORS)
 def test_byte_oracle(site: Site, kind: str, detect: str) -> None:
-    last = _chain(site, kind, detect)
+    last, cache = _chain(site, kind, detect)
     assert last.detector == detect
     assert 0 < last.pages_changed < last.pages_total
     restored = site.restore()
-    assert oracles.byte_oracle(restored, _plain_copy(site)) == []
+    assert set(oracles.byte_oracle(restored, _plain_copy(site))) <= set(cache)
 
 
 def test_mutation_oracle_names_every_dropped_page(site: Site) -> None:
-    last = _chain(site, "diff", "scan")
+    last, cache = _chain(site, "diff", "scan")
     repository = site.repository()
     manifests = repository.manifests("main")
     chain = chain_of(manifests, BackupId(last.backup_id))
     restored, original = site.restore(), _plain_copy(site)
-    assert oracles.byte_oracle(restored, original) == []
+    stale = oracles.byte_oracle(restored, original)
+    assert set(stale) <= set(cache)
     whole, base = ChainView(repository, chain), ChainView(repository, chain[:1])
     candidates = list(_changed_blocks(whole, base))
     assert len(candidates) >= 20
     for path, block in random.Random(1).sample(candidates, 20):
         mutant = _DroppingView(whole, base, path, block)
         _rewrite(restored, path, mutant, repository.frames)
-        assert oracles.byte_oracle(restored, original) == [(path, block)]
+        assert oracles.byte_oracle(restored, original) == sorted([(path, block), *stale])
         _rewrite(restored, path, whole, repository.frames)
-    assert oracles.byte_oracle(restored, original) == []
+    assert oracles.byte_oracle(restored, original) == stale
 
 
 def _changed_blocks(whole: ChainView, base: ChainView) -> Iterator[tuple[str, int]]:
