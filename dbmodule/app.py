@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import threading
@@ -39,6 +40,8 @@ from dbmodule.reports import (
 from dbmodule.repository.repository import Repository
 from dbmodule.restore.run import RestoreRequest, restore
 from dbmodule.storage import open_store
+
+log = logging.getLogger(__name__)
 
 
 class App:
@@ -216,4 +219,8 @@ class App:
         return Repository.open(open_store(self._config.repository.url))
 
     def _manifests(self) -> Mapping[BackupId, Manifest]:
-        return self._repository().manifests(self._config.repository.cluster)
+        """Those that can be read; of the others the log says so, and `verify` what is wrong."""
+        found, unreadable = self._repository().readable_manifests(self._config.repository.cluster)
+        for backup, error in unreadable.items():
+            log.warning("backup %s is left out: %s", backup, error)
+        return found

@@ -89,3 +89,16 @@ def test_a_bad_connection_string_is_not_quoted(site: Site) -> None:
         App.open(config)
     assert "s3cr3t" not in f"{caught.value.as_dict()} {caught.value.__cause__!r}"
     assert caught.value.__suppress_context__
+
+
+def test_one_damaged_manifest_does_not_hide_the_others(
+    make_site: SiteFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    site = make_site(18)
+    full, diff = site.full(), site.diff()
+    place = site.repository_path / "manifests" / "main" / f"{diff.backup_id}.json"
+    data = bytearray(place.read_bytes())
+    data[10] ^= 1
+    place.write_bytes(data)
+    assert [report.backup_id for report in site.app.backups()] == [full.backup_id]
+    assert f"backup {diff.backup_id} is left out" in caplog.text
