@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 import secrets
-from datetime import datetime
+from collections.abc import Iterable
+from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import NewType
 
@@ -21,7 +22,7 @@ Timeline = NewType("Timeline", int)
 SystemId = NewType("SystemId", int)
 """Database system identifier of ``pg_control``, 64 bits; shared by all copies of one cluster."""
 BackupId = NewType("BackupId", str)
-"""Sorts by start time: ``20260131-235959-full-1a2b3c``."""
+"""Sorts in the order of a cluster's backups: ``20260131-235959-full-1a2b3c``."""
 BlockNo = NewType("BlockNo", int)
 """Block number within a fork (segment number x segment size + offset), 32 bits."""
 
@@ -29,6 +30,8 @@ PAGE_SIZE = 8192
 """Bytes per page; other block sizes are refused."""
 
 _LSN = re.compile(r"([0-9A-Fa-f]{1,8})/([0-9A-Fa-f]{1,8})")
+_STAMP = "%Y%m%d-%H%M%S"
+_STAMP_LENGTH = len("20260131-235959")
 _BACKUP_ID = re.compile(r"\d{8}-\d{6}-(full|diff|incr)-[0-9a-f]{6}")
 
 
@@ -51,9 +54,27 @@ def format_lsn(lsn: int) -> str:
     return f"{lsn >> 32:X}/{lsn & 0xFFFFFFFF:X}"
 
 
-def new_backup_id(kind: BackupType, started: datetime) -> BackupId:
-    """A fresh id; `started` must be in UTC. The random tail keeps two of one second apart."""
-    return BackupId(f"{started:%Y%m%d-%H%M%S}-{kind}-{secrets.token_hex(3)}")
+def new_backup_id(
+    kind: BackupType, started: datetime, earlier: Iterable[BackupId] = ()
+) -> BackupId:
+    """A fresh id; `started` must be in UTC.
+
+    It sorts after all `earlier` ones: where the clock says the same second or was set back, the
+    id's time is one second after the newest of them. The random tail keeps two runs apart.
+    """
+    at = started.replace(microsecond=0, tzinfo=None)
+    newest = max((t for b in earlier if (t := _time_in(b)) is not None), default=None)
+    if newest is not None and at <= newest:
+        at = newest + timedelta(seconds=1)
+    return BackupId(f"{at.strftime(_STAMP)}-{kind}-{secrets.token_hex(3)}")
+
+
+def _time_in(backup: BackupId) -> datetime | None:
+    """None for names that are no backup's."""
+    try:
+        return datetime.strptime(backup[:_STAMP_LENGTH], _STAMP)
+    except ValueError:
+        return None
 
 
 def parse_backup_id(text: str) -> BackupId:

@@ -144,7 +144,8 @@ class Run(ABC):
         self.cancelled = cancelled
         self.phases = Phases(progress)
         self.started_at = datetime.now(UTC)
-        self.backup_id: BackupId = new_backup_id(options.type, self.started_at)
+        earlier = environment.repository.backup_ids(environment.cluster)
+        self.backup_id: BackupId = new_backup_id(options.type, self.started_at, earlier)
 
     @abstractmethod
     def take(self) -> Manifest:
