@@ -269,7 +269,8 @@ def test_an_agent_survives_a_server_restart(own_cluster: LocalCluster, tmp_path:
         await_state(db, enqueue(db), "completed")
         backups.hold.touch()
         job = enqueue(db)
-        await_state(db, job, "running")
+        # The row says "running" a moment before the backup has its session.
+        eventually(lambda: backups.lines()[4:] == [f"start {job}"])
         own_cluster.restart("immediate")
         backups.hold.unlink()
         await_state(db, job, "completed")
