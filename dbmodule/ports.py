@@ -305,7 +305,7 @@ class JobQueue(Protocol):
     """
 
     def become_agent(self, agent: str) -> bool:
-        """Take the agent lock for this session; False when another holds it.
+        """Take the agent lock on this connection; False when another holds it.
 
         `agent` must be unique among agents that run at one time (host name and process id).
         """
