@@ -64,7 +64,8 @@ load_word(const unsigned char *at)
 
 FOR_EACH_TARGET
 static void
-checksum_pages(const unsigned char *pages, size_t count, uint32_t block, unsigned char *out)
+checksum_pages(const unsigned char *pages, size_t count, const unsigned char *blocks,
+               unsigned char *out)
 {
     for (size_t page = 0; page < count; page++, pages += PAGE_BYTES) {
         uint32_t sums[LANES];
@@ -82,7 +83,7 @@ checksum_pages(const unsigned char *pages, size_t count, uint32_t block, unsigne
                 MIX(sums[lane], 0u);
         for (size_t lane = 0; lane < LANES; lane++)
             folded ^= sums[lane];
-        checksum = (uint16_t)((folded ^ (block + (uint32_t)page)) % 65535 + 1);
+        checksum = (uint16_t)((folded ^ load_word(blocks + 4 * page)) % 65535 + 1);
         memcpy(out + page * sizeof checksum, &checksum, sizeof checksum);
     }
 }
@@ -90,31 +91,33 @@ checksum_pages(const unsigned char *pages, size_t count, uint32_t block, unsigne
 static PyObject *
 page_checksums(PyObject *module, PyObject *args)
 {
-    Py_buffer pages, out;
-    unsigned long long first_block;
+    Py_buffer pages, blocks, out;
     PyObject *result = NULL;
 
     (void)module;
-    if (!PyArg_ParseTuple(args, "y*Kw*:page_checksums", &pages, &first_block, &out))
+    if (!PyArg_ParseTuple(args, "y*y*w*:page_checksums", &pages, &blocks, &out))
         return NULL;
-    if (pages.len % PAGE_BYTES != 0 || out.len != pages.len / PAGE_BYTES * 2) {
-        PyErr_SetString(PyExc_ValueError, "the result needs one 16-bit element per whole page");
+    if (pages.len % PAGE_BYTES != 0 || blocks.len != pages.len / PAGE_BYTES * 4 ||
+        out.len != pages.len / PAGE_BYTES * 2) {
+        PyErr_SetString(PyExc_ValueError, "each whole page needs a 32-bit block number and a "
+                                          "16-bit element of the result");
     } else {
         Py_BEGIN_ALLOW_THREADS
-        checksum_pages(pages.buf, (size_t)(pages.len / PAGE_BYTES), (uint32_t)first_block,
-                       out.buf);
+        checksum_pages(pages.buf, (size_t)(pages.len / PAGE_BYTES), blocks.buf, out.buf);
         Py_END_ALLOW_THREADS
         result = Py_NewRef(Py_None);
     }
     PyBuffer_Release(&pages);
+    PyBuffer_Release(&blocks);
     PyBuffer_Release(&out);
     return result;
 }
 
 static PyMethodDef methods[] = {
     {"page_checksums", page_checksums, METH_VARARGS,
-     "page_checksums(pages, first_block, out)\n--\n\n"
-     "Write the checksum of each 8 kB page to out, a buffer of 16-bit elements."},
+     "page_checksums(pages, blocks, out)\n--\n\n"
+     "Write the checksum of each 8 kB page to out, a buffer of 16-bit elements; blocks holds the\n"
+     "pages' block numbers, 32 bits each."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -24,10 +24,10 @@ name = "c" if available else "numpy"
 
 
 def page_checksums(
-    buffer: bytes | bytearray | memoryview, first_block: int, out: NDArray[np.uint16]
+    buffer: bytes | bytearray | memoryview, blocks: NDArray[np.uint32], out: NDArray[np.uint16]
 ) -> None:
-    """Write the checksum of each page of `buffer` to `out`, which has one element per page.
+    """Write the checksum of each page of `buffer` to `out`; `blocks` are their block numbers.
 
-    Releases the GIL. Only where `available`; `ValueError` when the two sizes do not agree.
+    Both arrays have one element per page and are contiguous. Releases the GIL. Only where `available`; `ValueError` when the sizes do not agree.
     """
-    _kernel.page_checksums(buffer, first_block, out)
+    _kernel.page_checksums(buffer, blocks, out)

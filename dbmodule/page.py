@@ -106,27 +106,34 @@ def all_zero(buffer: Buffer) -> NDArray[np.bool_]:
     return zero
 
 
-def compute_checksums(buffer: Buffer, first_block: int) -> NDArray[np.uint16]:
-    """What ``pd_checksum`` of each page should be, its stored value being taken as zero.
+Blocks = int | NDArray[np.uint32]
+"""Block numbers of a buffer's pages within their fork: that of the first, the others following it,
+or one element per page. It is 131072 for the first page of segment ``.1`` of 1 GB segments."""
 
-    `first_block` is the block number of the first page within its fork, so 131072 for the first
-    page of segment ``.1`` of a relation with segments of 1 GB.
-    """
+
+def _block_numbers(blocks: Blocks, count: int) -> NDArray[np.uint32]:
+    if isinstance(blocks, int):
+        return np.arange(blocks, blocks + count, dtype=np.uint64).astype(np.uint32)
+    return np.ascontiguousarray(blocks, np.uint32)
+
+
+def compute_checksums(buffer: Buffer, blocks: Blocks) -> NDArray[np.uint16]:
+    """What ``pd_checksum`` of each page should be, its stored value being taken as zero."""
     if not kernel.available:
-        return compute_checksums_numpy(buffer, first_block)
+        return compute_checksums_numpy(buffer, blocks)
     checksums = np.empty(page_count(buffer), dtype=np.uint16)
-    kernel.page_checksums(buffer, first_block, checksums)
+    kernel.page_checksums(buffer, _block_numbers(blocks, len(checksums)), checksums)
     return checksums
 
 
-def compute_checksums_numpy(buffer: Buffer, first_block: int) -> NDArray[np.uint16]:
+def compute_checksums_numpy(buffer: Buffer, blocks: Blocks) -> NDArray[np.uint16]:
     """`compute_checksums` without the compiled kernel."""
     count = page_count(buffer)
     pages = np.ndarray((count, _ROUNDS, _LANES), dtype="<u4", buffer=buffer)
     folded = np.empty(count, dtype=np.uint32)
     for start in range(0, count, _BATCH):
         folded[start : start + _BATCH] = _fold(pages[start : start + _BATCH])
-    folded ^= np.arange(first_block, first_block + count, dtype=np.uint64).astype(np.uint32)
+    folded ^= _block_numbers(blocks, count)
     return (folded % np.uint32(0xFFFF) + np.uint32(1)).astype(np.uint16)
 
 
@@ -154,14 +161,14 @@ def _mix(sums: NDArray[np.uint32], row: NDArray[np.uint32], mixed: NDArray[np.ui
     np.bitwise_xor(sums, mixed, out=sums)
 
 
-def checksum_failures(buffer: Buffer, first_block: int) -> NDArray[np.intp]:
+def checksum_failures(buffer: Buffer, blocks: Blocks) -> NDArray[np.intp]:
     """Indexes of the pages that do not carry their own checksum.
 
     A new page (all zero) has none and is in order. A page whose ``pd_upper`` is zero without being
     all zero is a failure whatever its checksum: the server takes it for new and reads on.
     """
     page_headers = headers(buffer)
-    failed = page_headers["checksum"] != compute_checksums(buffer, first_block)
+    failed = page_headers["checksum"] != compute_checksums(buffer, blocks)
     new = page_headers["upper"] == 0
     if new.any():
         failed[new] = ~all_zero(buffer)[new]

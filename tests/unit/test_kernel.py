@@ -20,16 +20,17 @@ def test_the_name_says_which_one_is_in_use() -> None:
 @built
 @given(
     count=st.integers(0, 5),
-    first_block=st.integers(0, 2**32 - 6),
+    scattered=st.lists(st.integers(0, 2**32 - 1), min_size=5, max_size=5),
     seed=st.integers(0, 2**32 - 1),
     shift=st.integers(0, 7),
 )
-def test_both_give_the_same(count: int, first_block: int, seed: int, shift: int) -> None:
+def test_both_give_the_same(count: int, scattered: list[int], seed: int, shift: int) -> None:
     data = np.random.default_rng(seed).bytes(count * PAGE_SIZE + shift)
     pages = memoryview(data)[shift:]
     out = np.empty(count, dtype=np.uint16)
-    kernel.page_checksums(pages, first_block, out)
-    assert (out == page.compute_checksums_numpy(pages, first_block)).all()
+    blocks = np.array(scattered[:count], dtype=np.uint32)
+    kernel.page_checksums(pages, blocks, out)
+    assert (out == page.compute_checksums_numpy(pages, blocks)).all()
 
 
 @built
@@ -38,18 +39,27 @@ def test_both_give_the_same_on_sparse_pages(content: bytes, at: int) -> None:
     pages = bytearray(PAGE_SIZE)
     pages[at : at + 64] = content
     out = np.empty(1, dtype=np.uint16)
-    kernel.page_checksums(pages, 0, out)
+    kernel.page_checksums(pages, np.zeros(1, dtype=np.uint32), out)
     assert out.tolist() == page.compute_checksums_numpy(pages, 0).tolist()
 
 
 @built
 @pytest.mark.parametrize(
-    ("size", "elements"),
-    [(PAGE_SIZE - 1, 0), (PAGE_SIZE + 1, 1), (PAGE_SIZE, 0), (PAGE_SIZE, 2), (0, 1)],
+    ("size", "numbers", "elements"),
+    [
+        (PAGE_SIZE - 1, 0, 0),
+        (PAGE_SIZE + 1, 1, 1),
+        (PAGE_SIZE, 1, 0),
+        (PAGE_SIZE, 0, 1),
+        (PAGE_SIZE, 2, 1),
+        (PAGE_SIZE, 1, 2),
+        (0, 0, 1),
+    ],
 )
-def test_sizes_must_agree(size: int, elements: int) -> None:
-    with pytest.raises(ValueError, match="16-bit element per whole page"):
-        kernel.page_checksums(bytes(size), 0, np.empty(elements, dtype=np.uint16))
+def test_sizes_must_agree(size: int, numbers: int, elements: int) -> None:
+    blocks = np.zeros(numbers, dtype=np.uint32)
+    with pytest.raises(ValueError, match="each whole page needs"):
+        kernel.page_checksums(bytes(size), blocks, np.empty(elements, dtype=np.uint16))
 
 
 @built
@@ -57,4 +67,4 @@ def test_the_result_must_be_writable() -> None:
     out = np.zeros(1, dtype=np.uint16)
     out.flags.writeable = False
     with pytest.raises((BufferError, TypeError, ValueError)):
-        kernel.page_checksums(bytes(PAGE_SIZE), 0, out)
+        kernel.page_checksums(bytes(PAGE_SIZE), np.zeros(1, dtype=np.uint32), out)

@@ -177,6 +177,17 @@ def test_exactly_the_page_with_a_flipped_bit_fails(first: int, victim: int, bit:
     assert page.checksum_failures(buffer, first).tolist() == [victim]
 
 
+def test_scattered_pages_have_block_numbers_of_their_own() -> None:
+    buffer = random_pages(5, 11)
+    blocks = np.array([7, 3, 131072, 2**32 - 1, 0], dtype=np.uint32)
+    singly = [
+        int(page.compute_checksums(buffer[at * PAGE_SIZE : (at + 1) * PAGE_SIZE], int(block))[0])
+        for at, block in enumerate(blocks)
+    ]
+    assert page.compute_checksums(buffer, blocks).tolist() == singly
+    assert page.compute_checksums_numpy(buffer, blocks).tolist() == singly
+
+
 def test_a_page_of_another_block_fails() -> None:
     buffer = sealed([make_page(), make_page(filler=0x11)], 0)
     assert page.checksum_failures(buffer, 131072).tolist() == [0, 1]
