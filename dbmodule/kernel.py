@@ -28,6 +28,7 @@ def page_checksums(
 ) -> None:
     """Write the checksum of each page of `buffer` to `out`; `blocks` are their block numbers.
 
-    Both arrays have one element per page and are contiguous. Releases the GIL. Only where `available`; `ValueError` when the sizes do not agree.
+    Both arrays have one element per page and are contiguous. Releases the GIL. Only where
+    `available`; `ValueError` when the sizes do not agree.
     """
     _kernel.page_checksums(buffer, blocks, out)
