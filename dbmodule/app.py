@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import socket
@@ -21,7 +22,7 @@ from dbmodule.errors import UsageError
 from dbmodule.ident import BackupId
 from dbmodule.manifest import Manifest
 from dbmodule.notify import open_listener
-from dbmodule.pgdata.source import LocalDataDirectory, host_boot_id
+from dbmodule.pgdata.source import LocalDataDirectory, host_boot_id, host_name
 from dbmodule.pgdata.target import LocalTargetDirectory, staged_name
 from dbmodule.ports import Cancelled, Job, Progress, never_cancelled, no_progress
 from dbmodule.postgres import extension
@@ -32,6 +33,7 @@ from dbmodule.reports import (
     BackupOptions,
     BackupReport,
     CheckReport,
+    DryRunReport,
     InitReport,
     RestoreOptions,
     RestoreReport,
@@ -39,7 +41,7 @@ from dbmodule.reports import (
 )
 from dbmodule.repository.repository import Repository
 from dbmodule.restore.run import RestoreRequest, restore
-from dbmodule.storage import open_store
+from dbmodule.storage import DryStore, open_store
 
 log = logging.getLogger(__name__)
 
@@ -80,16 +82,25 @@ class App:
         cancelled: Cancelled = never_cancelled,
         job_id: int | None = None,
     ) -> BackupReport:
-        """Take one backup; raises a `DbmoduleError`, in which case there is none."""
+        """Take one backup; raises a `DbmoduleError`, in which case there is none.
+
+        A dry run answers with a `DryRunReport`.
+        """
         with ExitStack() as stack:
             environment = self._environment(options, stack)
-            manifest = take_backup(
+            taken = take_backup(
                 environment, options, job_id=job_id, progress=progress, cancelled=cancelled
             )
-        return listing.to_report(manifest)
+        report = listing.to_report(taken.manifest)
+        if not options.dry_run:
+            return report
+        return DryRunReport(
+            **{f.name: getattr(report, f.name) for f in dataclasses.fields(report)},
+            relations=listing.by_pages(taken.relations),
+        )
 
     def _environment(self, options: BackupOptions, stack: ExitStack) -> Environment:
-        repository = self._repository()
+        repository = self._repository(dry=options.dry_run)
         settings = self._config.server
         server, catalog = None, None
         if options.offline:
@@ -118,6 +129,7 @@ class App:
             server=server,
             catalog=catalog,
             boot_id=host_boot_id(),
+            host=host_name(),
             threads=self._config.backup.threads,
             compression_level=self._config.repository.compression_level,
         )
@@ -215,8 +227,9 @@ class App:
 
     # -- parts ----------------------------------------------------------------------------------
 
-    def _repository(self) -> Repository:
-        return Repository.open(open_store(self._config.repository.url))
+    def _repository(self, *, dry: bool = False) -> Repository:
+        store = open_store(self._config.repository.url)
+        return Repository.open(DryStore(store) if dry else store)
 
     def _manifests(self) -> Mapping[BackupId, Manifest]:
         """Those that can be read; of the others the log says so, and `verify` what is wrong."""

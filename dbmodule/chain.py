@@ -57,14 +57,12 @@ def newest(backups: Sequence[Manifest]) -> Manifest | None:
 
 def choose_baseline(
     backups: Mapping[BackupId, Manifest], kind: BackupType, pinned: BackupId | None
-) -> Manifest | None:
-    """The backup that a new one of type `kind` builds on; None for a full.
+) -> Manifest:
+    """The backup that a new one of type `kind`, which is no full, builds on.
 
     ``diff`` builds on the latest full, ``incr`` on the latest backup of any type, `pinned`
     overrides both. Raises `NoBaselineError`.
     """
-    if kind is BackupType.FULL:
-        return None
     if pinned is not None:
         if pinned not in backups:
             raise NoBaselineError(

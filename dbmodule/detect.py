@@ -52,6 +52,9 @@ class PageChanges:
     changed: NDArray[np.bool_]
     divergent: NDArray[np.bool_]
     """Older than the baseline, and yet not what the baseline stored."""
+    hints: NDArray[np.bool_]
+    """Of those, the ones that differ in nothing but the checksum: hint bits, if the baseline was
+    read from another copy of the cluster."""
 
 
 def compare_marks(seen: Observed, baseline: Marks, baseline_start: Lsn) -> PageChanges:
@@ -61,16 +64,16 @@ def compare_marks(seen: Observed, baseline: Marks, baseline_start: Lsn) -> PageC
     """
     count = len(seen.marks)
     known = min(count, len(baseline))
-    same = np.zeros(count, np.bool_)
-    same[:known] = (seen.marks["lsn"][:known] == baseline["lsn"][:known]) & (
-        seen.marks["checksum"][:known] == baseline["checksum"][:known]
-    )
+    same_lsn = np.zeros(count, np.bool_)
+    same_lsn[:known] = seen.marks["lsn"][:known] == baseline["lsn"][:known]
+    same = same_lsn.copy()
+    same[:known] &= seen.marks["checksum"][:known] == baseline["checksum"][:known]
     old = seen.marks["lsn"] < baseline_start
     # Equal marks of a zero page mean that the baseline's was zero too: only such have LSN 0.
     unchanged = same & old & ~seen.odd
     divergent = old & ~same & ~seen.zero & ~seen.odd
     divergent[known:] = False
-    return PageChanges(~unchanged, divergent)
+    return PageChanges(~unchanged, divergent, divergent & same_lsn)
 
 
 def compare_hashes(now: Hashes, baseline: Hashes) -> NDArray[np.bool_]:

@@ -92,6 +92,11 @@ def relation_changes(files: Iterable[FileEntry]) -> list[RelationChange]:
         if relation is not None and entry.prints:
             key = relation.tablespace, relation.database, relation.relfilenode, relation.fork
             pages[key] += entry.prints
+    return by_pages(pages)
+
+
+def by_pages(pages: Counter[tuple[int, int, int, str]]) -> list[RelationChange]:
+    """Changed pages by tablespace, database, relfilenode and fork, most first."""
     return [RelationChange(*key, count) for key, count in pages.most_common()]
 
 

@@ -91,6 +91,8 @@ class Manifest:
     """The lineage marks left before the start and after the stop; empty = never provable."""
     boot_id: str
     """The host's boot in which file identities were taken; empty = identities prove nothing."""
+    host: str
+    """Name of the host on which the files were read."""
     backup_label: str
     tablespace_map: str
     """As the server returned it: for people; a restore writes its own links."""

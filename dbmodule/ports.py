@@ -63,12 +63,15 @@ class ServerIdentity:
     data_checksums: bool
     wal_log_hints: bool
     wal_level: str
+    summarize_wal: bool
     full_page_writes: bool
     in_recovery: bool
     data_directory: str
     port: int
     started_at: float
     """``pg_postmaster_start_time()`` as seconds since the epoch."""
+    lsn: Lsn
+    """How far WAL has come."""
 
     @property
     def major(self) -> int:
@@ -210,6 +213,10 @@ class DataDirectory(Protocol):
 
     def read(self, path: str) -> bytes | None:
         """A small file in one call; None when it is not there."""
+        ...
+
+    def names(self, path: str) -> list[str]:
+        """What lies in a directory; nothing when it is not there."""
         ...
 
     def owner(self) -> str:

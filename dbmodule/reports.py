@@ -22,11 +22,15 @@ class BackupOptions:
     baseline_id: BackupId | None = None
     """Pins the backup to build on; None is the rule of `type`."""
     detect: str = "auto"
-    """``auto``, ``scan`` or ``content``."""
+    """``auto``, ``wal``, ``scan`` or ``content``."""
     offline: bool = False
     """The server is stopped cleanly; back up its directory as it lies there."""
     spread_checkpoint: bool = False
     """Wait for a spread checkpoint rather than force a fast one."""
+    fallback: BackupType | None = None
+    """``full``: take one when there is no baseline that may be built on."""
+    dry_run: bool = False
+    """Count what would be stored, and store nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +90,15 @@ class RelationChange:
     relfilenode: int
     fork: str
     pages_changed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DryRunReport(BackupReport):
+    """What a backup would have been; `backup_id` names nothing that exists."""
+
+    relations: list[RelationChange]
+    """Most changed pages first."""
+    dry_run: bool = True
 
 
 @dataclass(frozen=True, slots=True)

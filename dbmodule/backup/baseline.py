@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +12,13 @@ import numpy as np
 from dbmodule import lineage, wal
 from dbmodule.chain import chain_of
 from dbmodule.delta import FRAME_PAGES, ZERO_FRAME, Refs
-from dbmodule.errors import NotAnAncestorError, WrongClusterError
+from dbmodule.errors import (
+    BrokenChainError,
+    CorruptObjectError,
+    NotAnAncestorError,
+    ObjectMissingError,
+    WrongClusterError,
+)
 from dbmodule.ident import PAGE_SIZE, BackupId, Lsn, Timeline, format_lsn
 from dbmodule.manifest import Manifest, Mark
 from dbmodule.ports import Catalog, DataDirectory, LineageMark
@@ -19,6 +26,7 @@ from dbmodule.registry import HASH, MARK, EntryKind, Hashes, Marks
 from dbmodule.repository.chainview import ChainView
 from dbmodule.repository.repository import Repository
 from dbmodule.repository.tables import FileEntry
+from dbmodule.walsummary import ChangedBlocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +41,15 @@ class Position:
     timeline: Timeline
     start_lsn: Lsn
     history: str
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """Where and on which timeline files are read now."""
+
+    name: str
+    boot_id: str
+    timeline: Timeline
 
 
 def check_cluster(baseline: Manifest, now: Position) -> None:
@@ -102,18 +119,38 @@ def _holds(mark: Mark, directory: DataDirectory) -> bool:
     return found
 
 
+@contextmanager
+def _readable(baseline: Manifest) -> Iterator[None]:
+    """Say of what is damaged or missing in a baseline that it cannot be built on."""
+    try:
+        yield
+    except (CorruptObjectError, ObjectMissingError) as error:
+        raise BrokenChainError(
+            f"the baseline {baseline.backup_id} cannot be built on: {error}",
+            hint="Run `dbmodule verify` to see all damage, and take a full backup.",
+        ) from error
+
+
 class ChainBaseline:
-    """What the baseline's chain remembers of each file: the copier's view of it."""
+    """What the baseline's chain remembers of each file: the copier's view of it.
+
+    Whatever of it cannot be read raises `BrokenChainError`.
+    """
 
     def __init__(
-        self, repository: Repository, chain: Sequence[Manifest], *, trusted: bool, boot_id: str
+        self, repository: Repository, chain: Sequence[Manifest], *, detector: str, here: Host
     ) -> None:
         self.manifest = chain[-1]
         self.start_lsn = self.manifest.start_lsn
-        self.trusted = trusted
-        self.identities = trusted and boot_id != "" and boot_id == self.manifest.boot_id
+        self.detector = detector
+        self.changed: ChangedBlocks | None = None
+        same_boot = here.boot_id != "" and here.boot_id == self.manifest.boot_id
+        self.identities = same_boot and detector in ("wal", "scan")
+        self.foreign = (self.manifest.timeline, self.manifest.host) != (here.timeline, here.name)
+        self.unsound = any(manifest.corrupt_pages for manifest in chain)
         self._frames = repository.frames
-        self._view = ChainView(repository, chain)
+        with _readable(self.manifest):
+            self._view = ChainView(repository, chain)
         self._folded = threading.local()  # the file that a thread is at is folded once
 
     def entry(self, path: str) -> FileEntry | None:
@@ -121,18 +158,24 @@ class ChainBaseline:
 
     def marks(self, path: str) -> Marks:
         """Shape (blocks,); the file must be a RELATION in the baseline."""
-        found: Marks = self._view.prints(path)
+        with _readable(self.manifest):
+            found: Marks = self._view.prints(path)
         return found if found.dtype == MARK else np.empty(0, MARK)
 
     def hashes(self, path: str) -> Hashes:
         """Shape (chunks,); empty for a file that has page marks instead."""
         if self._view.files[path].kind is not EntryKind.CONTENT:
             return np.empty(0, HASH)
-        found: Hashes = self._view.prints(path)
+        with _readable(self.manifest):
+            found: Hashes = self._view.prints(path)
         return found
 
     def unit_hash(self, path: str, unit: int) -> bytes | None:
         """Hash of 32 aligned pages, known where they are still one frame of the baseline's."""
+        with _readable(self.manifest):
+            return self._unit_hash(path, unit)
+
+    def _unit_hash(self, path: str, unit: int) -> bytes | None:
         if getattr(self._folded, "path", None) != path:
             self._folded.refs = self._view.page_map(path).refs
             self._folded.path = path

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 
-from dbmodule.backup.copier import Copier, CopyResult, Suspect
+from dbmodule import datafile
+from dbmodule.backup.batch import Suspect
+from dbmodule.backup.copier import Copier
+from dbmodule.backup.values import CopyResult
 from dbmodule.datafile import Kind
 from dbmodule.errors import CancelledError
 from dbmodule.ident import Lsn
@@ -19,6 +23,8 @@ from dbmodule.repository.tables import FileEntry, TableWriter
 ALIVE_SECONDS = 2.0
 
 PlannedFile = tuple[str, Kind, int]
+RelationKey = tuple[int, int, int, str]
+"""Tablespace, database, relfilenode, fork."""
 
 
 @dataclass(slots=True)
@@ -30,10 +36,13 @@ class CopyTotals:
     pages_changed: int = 0
     pages_verified: int = 0
     divergent_pages: int = 0
+    hint_pages: int = 0
     bytes_total: int = 0
     bytes_read: int = 0
     bytes_changed: int = 0
     suspects: list[Suspect] = field(default_factory=list)
+    relations: Counter[RelationKey] = field(default_factory=Counter)
+    """Changed pages per fork of a relation; those without any are left out."""
 
     def count(self, result: CopyResult) -> None:
         self.files_total += 1
@@ -43,10 +52,15 @@ class CopyTotals:
         self.pages_changed += result.changed
         self.pages_verified += result.verified
         self.divergent_pages += result.divergent
+        self.hint_pages += result.hints
         self.bytes_total += result.size
         self.bytes_read += result.bytes_read
         self.bytes_changed += result.bytes_changed
         self.suspects.extend(result.suspects)
+        relation = datafile.relation(result.path) if result.changed else None
+        if relation is not None:
+            key = relation.tablespace, relation.database, relation.relfilenode, relation.fork
+            self.relations[key] += result.changed
 
 
 def add_result(tables: TableWriter, result: CopyResult) -> None:

@@ -11,45 +11,30 @@ import time
 from dbmodule import wal
 from dbmodule.backup import baseline as ancestry
 from dbmodule.backup import walfiles
-from dbmodule.backup.copier import CopySettings
-from dbmodule.backup.steps import Copied, Run, position_of, read_control_file
+from dbmodule.backup.steps import Begun, Ended, Run, Taken, position_of, read_control_file
 from dbmodule.controlfile import ControlFile, DBState
 from dbmodule.errors import RefusedError, ServerError, SourceError
 from dbmodule.ident import PAGE_SIZE, Lsn, SystemId, format_lsn
-from dbmodule.manifest import Manifest
 from dbmodule.ports import ServerIdentity
-from dbmodule.repository.tables import TableWriter
 
 
 class Offline(Run):
     """A cleanly stopped server's directory, as it lies there."""
 
-    def take(self) -> Manifest:
+    def take(self) -> Taken:
         with self.phases("prepare"):
             _, control = read_control_file(self.env.directory)
             self._check_stopped(control)
             identity = self._identity(control)
             self.env.repository.bind(self.env.cluster, identity.system_identifier)
-            chain = self.choose()
             history = self.history(control.timeline)
             stop_lsn = self._end_of_checkpoint(control)
-            now = position_of(identity, control.redo, history)
-            if chain:
-                ancestry.check_cluster(chain[-1], now)
-        baseline, detector, reason = self.view(
-            chain, now, lambda m: ancestry.proven_by_files(m.marks, self.env.directory)
-        )
-        settings = CopySettings(
-            control.redo,
-            time.time_ns(),
-            identity.data_checksums,
-            identity.wal_segment_size,
-            identity.blocks_per_segment,
-        )
-        frames = self.env.repository.writer(self.env.compression_level)
-        try:
-            tables = TableWriter(frames)
-            totals, tablespaces = self.copy(frames, tables, settings, baseline, lambda: None)
+            chosen = self.choose(
+                position_of(identity, control.redo, history),
+                lambda m: ancestry.proven_by_files(m.marks, self.env.directory),
+            )
+
+        def end() -> Ended:
             _, after = read_control_file(self.env.directory)
             if after != control:
                 raise ServerError(
@@ -57,31 +42,10 @@ class Offline(Run):
                     hint="Stop it, or take an online backup.",
                 )
             self._check_stopped(after)
-            needed = walfiles.WalRange(
-                identity.major,
-                identity.system_identifier,
-                identity.timeline,
-                identity.wal_segment_size,
-                control.redo,
-                stop_lsn,
-            )
-            wal_bytes, created = self.store_wal(needed, history, tables, frames)
-            copied = Copied(
-                control.redo,
-                stop_lsn,
-                control.timeline,
-                history,
-                "",
-                "",
-                (),
-                wal_bytes,
-                created,
-            )
-            return self.commit(
-                identity, copied, totals, tablespaces, chain, (detector, reason), frames, tables
-            )
-        finally:
-            frames.close()
+            return Ended(stop_lsn)
+
+        begun = Begun(identity, chosen, control.redo, time.time_ns(), history)
+        return self.back_up(begun, lambda: None, end)
 
     def _check_stopped(self, control: ControlFile) -> None:
         if self.env.directory.read("postmaster.pid") is not None:
@@ -113,11 +77,13 @@ class Offline(Run):
             data_checksums=control.data_checksum_version == 1,
             wal_log_hints=control.wal_log_hints,
             wal_level=control.wal_level.name.lower(),
+            summarize_wal=False,
             full_page_writes=control.full_page_writes,
             in_recovery=False,
             data_directory=self.env.directory.path,
             port=0,
             started_at=0.0,
+            lsn=control.redo,
         )
 
     def _end_of_checkpoint(self, control: ControlFile) -> Lsn:

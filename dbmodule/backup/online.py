@@ -11,14 +11,11 @@ import re
 import time
 
 from dbmodule.backup import baseline as ancestry
-from dbmodule.backup import walfiles
-from dbmodule.backup.copier import CopySettings
-from dbmodule.backup.steps import Copied, Run, position_of, read_control_file
+from dbmodule.backup.steps import Begun, Ended, Run, Taken, position_of, read_control_file
 from dbmodule.errors import RefusedError, ServerError, WrongClusterError
 from dbmodule.ident import PAGE_SIZE, Lsn, format_lsn
-from dbmodule.manifest import Manifest, Mark
+from dbmodule.manifest import Mark
 from dbmodule.ports import LineageMark, ServerIdentity
-from dbmodule.repository.tables import TableWriter
 
 LONGEST_START = 60
 """Seconds between the begin of a postmaster and its start time."""
@@ -40,7 +37,7 @@ def _which_server(identity: ServerIdentity) -> tuple[object, ...]:
 class Online(Run):
     """The protocol for a running server."""
 
-    def take(self) -> Manifest:
+    def take(self) -> Taken:
         server = self.env.server
         if server is None:
             raise ServerError(
@@ -52,10 +49,12 @@ class Online(Run):
             self._check_server(identity)
             self._check_directory(identity)
             self.env.repository.bind(self.env.cluster, identity.system_identifier)
-            chain = self.choose()
-            if chain:
-                ancestry.check_cluster(chain[-1], position_of(identity, Lsn(0), ""))
+            history = self.history(identity.timeline)
             server.lock()
+            chosen = self.choose(
+                position_of(identity, identity.lsn, history),
+                lambda m: ancestry.proven_by_catalog(m.marks, self.env.catalog),
+            )
             first_mark = self._mark("start")
             server.reserve_wal()
         with self.phases("checkpoint"):
@@ -65,54 +64,24 @@ class Online(Run):
                 fast=not self.options.spread_checkpoint,
             )
         self._check_started(start_lsn)
-        history = self.history(identity.timeline)
-        now = position_of(identity, start_lsn, history)
-        baseline, detector, reason = self.view(
-            chain, now, lambda m: ancestry.proven_by_catalog(m.marks, self.env.catalog)
-        )
-        settings = CopySettings(
-            start_lsn,
-            called_ns,
-            identity.data_checksums,
-            identity.wal_segment_size,
-            identity.blocks_per_segment,
-        )
-        frames = self.env.repository.writer(self.env.compression_level)
-        try:
-            tables = TableWriter(frames)
-            totals, tablespaces = self.copy(frames, tables, settings, baseline, server.ensure_alive)
+
+        def end() -> Ended:
             with self.phases("stop"):
                 stopped = server.stop_backup()
-                last_mark = self._mark("stop")
+                marks = first_mark, self._mark("stop")
                 self._check_still_the_same(identity, server.identify(), stopped.backup_label)
-            needed = walfiles.WalRange(
-                identity.major,
-                identity.system_identifier,
-                identity.timeline,
-                identity.wal_segment_size,
-                start_lsn,
+            return Ended(
                 stopped.stop_lsn,
-            )
-            wal_bytes, created = self.store_wal(needed, history, tables, frames)
-            copied = Copied(
-                start_lsn,
-                stopped.stop_lsn,
-                identity.timeline,
-                history,
                 stopped.backup_label,
                 stopped.tablespace_map,
-                tuple(m for m in (first_mark, last_mark) if m is not None),
-                wal_bytes,
-                created,
+                tuple(m for m in marks if m is not None),
             )
-            return self.commit(
-                identity, copied, totals, tablespaces, chain, (detector, reason), frames, tables
-            )
-        finally:
-            frames.close()
+
+        begun = Begun(identity, chosen, start_lsn, called_ns, history)
+        return self.back_up(begun, server.ensure_alive, end)
 
     def _mark(self, position: str) -> Mark | None:
-        if self.env.catalog is None:
+        if self.env.catalog is None or self.options.dry_run:
             return None
         m: LineageMark = self.env.catalog.leave_mark(self.backup_id, position)
         return Mark(m.mark, m.xmin, m.path, m.block, m.item)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dbmodule.backup.offline import Offline
 from dbmodule.backup.online import Online
-from dbmodule.backup.steps import Environment
+from dbmodule.backup.steps import Environment, Taken
 from dbmodule.errors import UsageError
-from dbmodule.manifest import Manifest
 from dbmodule.ports import Cancelled, Progress
 from dbmodule.reports import BackupOptions
 
@@ -20,8 +19,8 @@ def take_backup(
     job_id: int | None,
     progress: Progress,
     cancelled: Cancelled,
-) -> Manifest:
-    """Take one backup and commit it; gives its manifest.
+) -> Taken:
+    """Take one backup and commit it.
 
     Raises a `DbmoduleError`, in which case no backup exists.
     """

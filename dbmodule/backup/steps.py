@@ -5,28 +5,35 @@ from __future__ import annotations
 import logging
 import time
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
-from dbmodule import controlfile, wal
+from dbmodule import controlfile, wal, walsummary
 from dbmodule.backup import baseline as ancestry
-from dbmodule.backup import walfiles
-from dbmodule.backup.copier import BaselineView, Copier, CopySettings, NoBaseline, Suspect
-from dbmodule.backup.copying import CopyTotals, add_result, copy_files
+from dbmodule.backup import summaries, walfiles
+from dbmodule.backup.baseline import Position
+from dbmodule.backup.batch import Suspect
+from dbmodule.backup.copier import Copier
+from dbmodule.backup.copying import CopyTotals, RelationKey, add_result, copy_files
 from dbmodule.backup.plan import make_plan
+from dbmodule.backup.values import BaselineView, CopySettings, NoBaseline
 from dbmodule.chain import choose_baseline
 from dbmodule.controlfile import ControlFile
 from dbmodule.datafile import CONTROL_FILE
 from dbmodule.errors import (
+    BrokenChainError,
     CancelledError,
     DbmoduleError,
     NotAnAncestorError,
+    RefusedError,
     SourceError,
 )
 from dbmodule.ident import (
     BackupId,
+    BackupType,
     Lsn,
     Timeline,
     new_backup_id,
@@ -72,23 +79,64 @@ class Environment:
     """None where the extension is not used."""
     boot_id: str
     """Of the host; empty where it cannot be known."""
+    host: str
+    """The host's name."""
     threads: int
     compression_level: int
 
 
 @dataclass(frozen=True, slots=True)
-class Copied:
-    """What the middle of the protocol hands to its end."""
+class Chosen:
+    """What a backup builds on; an empty chain and no view for a full."""
 
+    chain: list[Manifest]
+    view: ancestry.ChainBaseline | None
+    detector: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """A backup that may read files now."""
+
+    identity: ServerIdentity
+    chosen: Chosen
     start_lsn: Lsn
-    stop_lsn: Lsn
-    timeline: Timeline
+    called_ns: int
+    """When the start was asked for."""
     history: str
-    backup_label: str
-    tablespace_map: str
-    marks: tuple[Mark, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """What the server, or the control file of a stopped one, said at the end."""
+
+    stop_lsn: Lsn
+    backup_label: str = ""
+    tablespace_map: str = ""
+    marks: tuple[Mark, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Copied:
+    """A backup all of whose parts are stored, but not yet committed."""
+
+    begun: Begun
+    ended: Ended
+    detector: str
+    detector_reason: str
+    tablespaces: dict[str, str]
     wal_bytes: int
     created_tablespaces: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """A committed backup, or one that was only rehearsed."""
+
+    manifest: Manifest
+    relations: Counter[RelationKey]
+    """Changed pages per fork of a relation."""
 
 
 @dataclass(slots=True)
@@ -144,28 +192,57 @@ class Run(ABC):
         self.cancelled = cancelled
         self.phases = Phases(progress)
         self.started_at = datetime.now(UTC)
-        earlier = environment.repository.backup_ids(environment.cluster)
-        self.backup_id: BackupId = new_backup_id(options.type, self.started_at, earlier)
+        self.backup_id = self._new_id()
+
+    def _new_id(self) -> BackupId:
+        earlier = self.env.repository.backup_ids(self.env.cluster)
+        return new_backup_id(self.options.type, self.started_at, earlier)
 
     @abstractmethod
-    def take(self) -> Manifest:
-        """Go through the whole protocol; gives the committed manifest."""
+    def take(self) -> Taken:
+        """Go through the whole protocol."""
 
     # -- baseline -------------------------------------------------------------------------------
 
-    def choose(self) -> list[Manifest]:
-        """The chain that this backup builds on; empty for a full."""
+    def choose(self, now: Position, proven: Callable[[Manifest], bool]) -> Chosen:
+        """What this backup builds on, and how it finds changes: decided before anything begins.
+
+        Raises a `RefusedError`, unless a full was asked for as the way out: then it is a full.
+        """
+        if self.options.type is BackupType.FULL:
+            return Chosen([], None, "full", "every page is read and stored")
+        try:
+            chain = self._chain()
+            ancestry.check_cluster(chain[-1], now)
+            ancestry.check_history(chain[-1], now)
+            detector, reason = self._detector(chain[-1], proven(chain[-1]), now)
+            here = ancestry.Host(self.env.host, self.env.boot_id, now.timeline)
+            view = ancestry.ChainBaseline(self.env.repository, chain, detector=detector, here=here)
+            return Chosen(chain, view, detector, reason)
+        except RefusedError as error:
+            if self.options.fallback is not BackupType.FULL:
+                raise
+            log.warning("a full backup is taken instead: %s", error)
+            self.options = replace(
+                self.options, type=BackupType.FULL, baseline_id=None, detect="auto"
+            )
+            self.backup_id = self._new_id()
+            return Chosen([], None, "full", f"no baseline: {error}")
+
+    def _chain(self) -> list[Manifest]:
         backups, unreadable = self.env.repository.readable_manifests(self.env.cluster)
         if self.options.baseline_id in unreadable:
-            raise unreadable[self.options.baseline_id]
+            raise BrokenChainError(
+                f"the baseline {self.options.baseline_id} cannot be built on:"
+                f" {unreadable[self.options.baseline_id]}",
+                hint="Name another baseline, or take a full backup.",
+            )
         for error in unreadable.values():
             log.warning("a backup is passed over: %s", error)
         chosen = choose_baseline(backups, self.options.type, self.options.baseline_id)
-        if chosen is None:
-            return []
         return ancestry.baseline_chain(self.env.repository, backups, chosen)
 
-    def detector(self, baseline: Manifest, proven: bool, now: ancestry.Position) -> tuple[str, str]:
+    def _detector(self, baseline: Manifest, proven: bool, now: Position) -> tuple[str, str]:
         """Which detector runs, and why; raises `NotAnAncestorError` when it may not."""
         asked = self.options.detect
         if asked == "content":
@@ -175,30 +252,77 @@ class Run(ABC):
             reason = f"no lineage mark proves {baseline.backup_id} to be an ancestor"
         elif baseline.data_checksums != now.data_checksums:
             reason = f"data checksums were switched since {baseline.backup_id}"
-        if not reason:
-            return "scan", "asked for" if asked == "scan" else "the baseline is a proven ancestor"
-        if asked == "scan":
+        if reason and asked == "auto":
+            return "content", reason
+        if reason:
             raise NotAnAncestorError(
-                f"the scan detector cannot be used: {reason}",
+                f"the {asked} detector cannot be used: {reason}",
                 hint="Use --detect content, or take a full backup.",
             )
-        return "content", reason
+        if asked == "scan":
+            return "scan", "asked for"
+        if now.major >= walsummary.FIRST_MAJOR:
+            return "wal", "WAL summaries cover all changes since the baseline"
+        return "scan", f"PostgreSQL {now.major} has no WAL summaries"
 
-    def view(
-        self, chain: list[Manifest], now: ancestry.Position, proven: Callable[[Manifest], bool]
-    ) -> tuple[BaselineView, str, str]:
-        """The baseline as the copier sees it, the detector and the reason for it."""
-        if not chain:
-            return NoBaseline(), "full", "every page is read and stored"
-        ancestry.check_history(chain[-1], now)
-        detector, reason = self.detector(chain[-1], proven(chain[-1]), now)
-        baseline = ancestry.ChainBaseline(
-            self.env.repository,
-            chain,
-            trusted=detector == "scan",
-            boot_id=self.env.boot_id,
+    def follow(self, chosen: Chosen, now: Position, *, wait: bool) -> tuple[BaselineView, str, str]:
+        """The baseline as the copier sees it, the detector and the reason for it, now that the
+        backup has begun at `now`.
+
+        The scan detector takes over where WAL summaries leave a gap.
+        """
+        if chosen.view is None:
+            return NoBaseline(), chosen.detector, chosen.reason
+        ancestry.check_history(chosen.chain[-1], now)
+        if chosen.detector == "wal":
+            with self.phases("summaries"):
+                try:
+                    chosen.view.changed = summaries.changed_since(
+                        chosen.chain[-1],
+                        now,
+                        self.env.directory,
+                        wait=wait,
+                        cancelled=self.cancelled,
+                    )
+                except summaries.NoSummariesError as error:
+                    chosen.view.detector = "scan"
+                    return chosen.view, "scan", str(error)
+        return chosen.view, chosen.detector, chosen.reason
+
+    # -- the whole -----------------------------------------------------------------------------
+
+    def back_up(
+        self, begun: Begun, ensure_alive: Callable[[], None], end: Callable[[], Ended]
+    ) -> Taken:
+        """Everything from the first file to the manifest; `end` is asked when all are copied."""
+        identity = begun.identity
+        now = position_of(identity, begun.start_lsn, begun.history)
+        baseline, detector, reason = self.follow(begun.chosen, now, wait=identity.summarize_wal)
+        settings = CopySettings(
+            begun.start_lsn,
+            begun.called_ns,
+            identity.data_checksums,
+            identity.wal_segment_size,
+            identity.blocks_per_segment,
         )
-        return baseline, detector, reason
+        frames = self.env.repository.writer(self.env.compression_level)
+        try:
+            tables = TableWriter(frames)
+            totals, tablespaces = self.copy(frames, tables, settings, baseline, ensure_alive)
+            ended = end()
+            needed = walfiles.WalRange(
+                identity.major,
+                identity.system_identifier,
+                identity.timeline,
+                identity.wal_segment_size,
+                begun.start_lsn,
+                ended.stop_lsn,
+            )
+            wal_bytes, created = self.store_wal(needed, begun.history, tables, frames)
+            copied = Copied(begun, ended, detector, reason, tablespaces, wal_bytes, created)
+            return self.commit(copied, totals, frames, tables)
+        finally:
+            frames.close()
 
     # -- files ----------------------------------------------------------------------------------
 
@@ -288,23 +412,17 @@ class Run(ABC):
     # -- the end --------------------------------------------------------------------------------
 
     def commit(
-        self,
-        identity: ServerIdentity,
-        copied: Copied,
-        totals: CopyTotals,
-        tablespaces: dict[str, str],
-        chain: list[Manifest],
-        detector: tuple[str, str],
-        frames: FrameWriter,
-        tables: TableWriter,
-    ) -> Manifest:
+        self, copied: Copied, totals: CopyTotals, frames: FrameWriter, tables: TableWriter
+    ) -> Taken:
         """Make everything durable, then write the manifest."""
+        begun, ended, identity = copied.begun, copied.ended, copied.begun.identity
+        chain = begun.chosen.chain
         with self.phases("commit"):
             described = tables.finish()
             packs = frames.flush()
             root = frames.store_root(encode_root(described, packs))
             frames.check_references()
-        corrupt = [s for s in totals.suspects if not _excused(s, copied)]
+        corrupt = [s for s in totals.suspects if not _excused(s, begun.start_lsn, ended.stop_lsn)]
         baseline = chain[-1] if chain else None
         repository = self.env.repository
         hashes = repository.check_chain(chain)
@@ -327,19 +445,20 @@ class Run(ABC):
             wal_segment_size=identity.wal_segment_size,
             data_checksums=identity.data_checksums,
             wal_log_hints=identity.wal_log_hints,
-            timeline=copied.timeline,
-            start_lsn=copied.start_lsn,
-            stop_lsn=copied.stop_lsn,
-            history=copied.history,
-            marks=copied.marks,
+            timeline=identity.timeline,
+            start_lsn=begun.start_lsn,
+            stop_lsn=ended.stop_lsn,
+            history=begun.history,
+            marks=ended.marks,
             boot_id=self.env.boot_id,
-            backup_label=copied.backup_label,
-            tablespace_map=copied.tablespace_map,
-            tablespaces=tablespaces,
+            host=self.env.host,
+            backup_label=ended.backup_label,
+            tablespace_map=ended.tablespace_map,
+            tablespaces=copied.tablespaces,
             created_tablespaces=copied.created_tablespaces,
             owner=self.env.directory.owner(),
-            detector=detector[0],
-            detector_reason=detector[1],
+            detector=copied.detector,
+            detector_reason=copied.detector_reason,
             started_at=self.started_at,
             finished_at=datetime.now(UTC),
             files_total=totals.files_total,
@@ -350,7 +469,7 @@ class Run(ABC):
             pages_stored=frames.counts.pages_stored,
             pages_verified=totals.pages_verified,
             divergent_pages=totals.divergent_pages,
-            hint_pages=0,
+            hint_pages=totals.hint_pages,
             bytes_total=totals.bytes_total,
             bytes_read=totals.bytes_read + copied.wal_bytes,
             bytes_changed=totals.bytes_changed,
@@ -367,8 +486,9 @@ class Run(ABC):
         if self.cancelled():
             raise CancelledError("the backup was cancelled")
         digest = repository.commit(manifest)
-        self.record([*zip(chain, hashes, strict=True), (manifest, digest)])
-        return manifest
+        if not self.options.dry_run:
+            self.record([*zip(chain, hashes, strict=True), (manifest, digest)])
+        return Taken(manifest, totals.relations)
 
     def record(self, chain: Sequence[tuple[Manifest, str]]) -> None:
         """Tell the SQL catalog of a committed backup, and of what it builds on if it was not told.
@@ -430,6 +550,6 @@ def to_record(manifest: Manifest, digest: str) -> BackupRecord:
     )
 
 
-def _excused(suspect: Suspect, copied: Copied) -> bool:
+def _excused(suspect: Suspect, start_lsn: Lsn, stop_lsn: Lsn) -> bool:
     """Does the WAL of this backup hold a full image of the page, whatever we have read of it?"""
-    return copied.start_lsn <= suspect.lsn <= copied.stop_lsn
+    return start_lsn <= suspect.lsn <= stop_lsn

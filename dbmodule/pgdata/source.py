@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import pwd
+import socket
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,11 @@ def host_boot_id() -> str:
         return _BOOT_ID.read_text("ascii").strip()
     except OSError:
         return ""
+
+
+def host_name() -> str:
+    """Tells this host from others, as far as its name does."""
+    return socket.gethostname()
 
 
 def _failed(path: Path, error: OSError) -> SourceError:
@@ -92,6 +98,15 @@ class LocalDataDirectory:
                 return file.read()
         except (FileNotFoundError, NotADirectoryError):
             return None
+        except OSError as error:
+            raise _failed(full, error) from error
+
+    def names(self, path: str) -> list[str]:
+        full = self._root / path
+        try:
+            return os.listdir(full)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
         except OSError as error:
             raise _failed(full, error) from error
 

@@ -37,14 +37,15 @@ SELECT s.system_identifier, s.catalog_version_no, c.timeline_id,
        current_setting('wal_level'), current_setting('full_page_writes'),
        current_setting('data_directory'), current_setting('port')::int,
        (SELECT setting::bigint FROM pg_settings WHERE name = 'segment_size'),
-       (SELECT setting::bigint FROM pg_settings WHERE name = 'wal_segment_size')
+       (SELECT setting::bigint FROM pg_settings WHERE name = 'wal_segment_size'),
+       coalesce(current_setting('summarize_wal', true), 'off')
   FROM pg_control_system() AS s, pg_control_checkpoint() AS c
 """
-_TIMELINE_NOW = """
-SELECT CASE WHEN pg_is_in_recovery() THEN NULL
-            ELSE ('x' || substr(pg_walfile_name(pg_current_wal_insert_lsn()), 1, 8))::bit(32)::int
-       END
+_NOW = """
+SELECT ('x' || substr(pg_walfile_name(pg_current_wal_insert_lsn()), 1, 8))::bit(32)::int,
+       pg_current_wal_insert_lsn()::text
 """
+_NOW_IN_RECOVERY = "SELECT NULL, pg_last_wal_replay_lsn()::text"
 _FUNCTIONS = ("pg_backup_start(text, boolean)", "pg_backup_stop(boolean)")
 
 
@@ -123,12 +124,13 @@ class PsycopgServer:
 
     def identify(self) -> ServerIdentity:
         row = self._one(_IDENTITY)
-        timeline = self._one(_TIMELINE_NOW)[0] or row[2]
+        timeline, lsn = self._one(_NOW_IN_RECOVERY if row[3] else _NOW)
         return ServerIdentity(
             # pg_control_system() shows the 64-bit identifier as a signed number.
             system_identifier=SystemId(int(row[0]) & 0xFFFFFFFFFFFFFFFF),
             catalog_version=row[1],
-            timeline=Timeline(timeline),
+            timeline=Timeline(timeline or row[2]),
+            lsn=parse_lsn(lsn or "0/0"),
             in_recovery=row[3],
             started_at=float(row[4]),
             version_num=row[5],
@@ -142,6 +144,7 @@ class PsycopgServer:
             port=row[13],
             blocks_per_segment=row[14],
             wal_segment_size=row[15],
+            summarize_wal=row[16] == "on",
         )
 
     def lock(self) -> None:

@@ -8,10 +8,11 @@ from urllib.parse import unquote, urlsplit
 
 from dbmodule.errors import UsageError
 from dbmodule.ports import ObjectStore
+from dbmodule.storage.dry import DryStore
 from dbmodule.storage.local import LocalStore
 from dbmodule.storage.memory import MemoryStore
 
-__all__ = ["LocalStore", "MemoryStore", "local_path", "open_store"]
+__all__ = ["DryStore", "LocalStore", "MemoryStore", "local_path", "open_store"]
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(?=://)")
 

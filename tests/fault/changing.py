@@ -51,6 +51,9 @@ class ChangingDirectory:
         self._on_read = on_read
         self.path = directory.path
 
+    def names(self, path: str) -> list[str]:
+        return self._directory.names(path)
+
     def walk(self) -> Iterator[SourceEntry]:
         return self._directory.walk()
 

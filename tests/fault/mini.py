@@ -77,13 +77,14 @@ def back_up(store: ObjectStore, root: Path, kind: BackupType) -> Manifest:
         server=None,
         catalog=None,
         boot_id="",
+        host="",
         threads=2,
         compression_level=1,
     )
     options = BackupOptions(kind, offline=True)
     return take_backup(
         environment, options, job_id=None, progress=no_progress, cancelled=never_cancelled
-    )
+    ).manifest
 
 
 def verify_all(store: ObjectStore) -> VerifyReport:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dbmodule import page
-from dbmodule.backup.copier import REREAD_SECONDS
+from dbmodule.backup.batch import REREAD_SECONDS
 from dbmodule.backup.run import take_backup
 from dbmodule.backup.steps import Environment
 from dbmodule.catalog import SqlCatalog
@@ -56,6 +56,7 @@ def back_up(
             server=server,
             catalog=SqlCatalog(site.cluster.dsn()),
             boot_id=host_boot_id(),
+            host="",
             threads=2,
             compression_level=1,
         )
@@ -65,7 +66,7 @@ def back_up(
             job_id=None,
             progress=no_progress,
             cancelled=never_cancelled,
-        )
+        ).manifest
     finally:
         server.close()
 

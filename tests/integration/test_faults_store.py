@@ -214,6 +214,7 @@ def test_running_server_survives_a_failure_of_any_write(
                 server=server,
                 catalog=None,
                 boot_id="",
+                host="",
                 threads=2,
                 compression_level=1,
             )
@@ -223,7 +224,7 @@ def test_running_server_survives_a_failure_of_any_write(
                 job_id=None,
                 progress=no_progress,
                 cancelled=never_cancelled,
-            )
+            ).manifest
         finally:
             server.close()
         committed.append(manifest.backup_id)

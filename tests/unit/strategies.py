@@ -107,6 +107,7 @@ def manifest(
         history="",
         marks=(Mark("ab" * 16, 733, "base/5/16400", 0, 1),),
         boot_id="",
+        host="",
         backup_label="START WAL LOCATION: 0/3000028\n",
         tablespace_map="",
         tablespaces={},

@@ -106,7 +106,6 @@ def test_dependents_are_those_whose_chain_holds_it(parents: list[int], order: li
 
 
 def test_what_each_type_builds_on(backups: Backups) -> None:
-    assert choose_baseline(backups, FULL, None) is None
     assert choose_baseline(backups, DIFF, None) is backups[backup_id(5, FULL)]
     assert choose_baseline(backups, INCR, None) is backups[backup_id(6, INCR)]
 

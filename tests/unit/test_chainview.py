@@ -13,16 +13,18 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from numpy.typing import NDArray
 
 from dbmodule import datafile, page
-from dbmodule.backup import copier as copier_module
-from dbmodule.backup.baseline import ChainBaseline
-from dbmodule.backup.copier import BaselineView, Copier, CopySettings, NoBaseline
+from dbmodule.backup import batch, copier
+from dbmodule.backup.baseline import ChainBaseline, Host
+from dbmodule.backup.copier import Copier
 from dbmodule.backup.copying import add_result
+from dbmodule.backup.values import BaselineView, CopySettings, NoBaseline
 from dbmodule.chain import chain_of, choose_baseline
 from dbmodule.delta import EXTENT
 from dbmodule.errors import BrokenChainError, CorruptObjectError
-from dbmodule.ident import PAGE_SIZE, BackupId, BackupType, Lsn
+from dbmodule.ident import PAGE_SIZE, BackupId, BackupType, Lsn, Timeline
 from dbmodule.manifest import Manifest, Root
 from dbmodule.ports import Buffer, SourceEntry, never_cancelled
 from dbmodule.registry import HASH, MARK, EntryFlag, EntryKind, FileIdentity
@@ -32,6 +34,7 @@ from dbmodule.repository.tables import GROUP_ROWS, FileEntry, TableWriter, encod
 from dbmodule.repository.writer import FrameWriter
 from dbmodule.restore.files import write_file
 from dbmodule.storage import MemoryStore
+from dbmodule.walsummary import ChangedBlocks
 from tests.unit.strategies import LEVEL, WAL_SEGMENT, entry, manifest, quick, relation_page
 
 CALLED_NS = 10**18
@@ -86,8 +89,26 @@ class MemoryDirectory:
     def read(self, path: str) -> bytes | None:
         return self.files.get(path)
 
+    def names(self, path: str) -> list[str]:
+        return []
+
     def owner(self) -> str:
         return "postgres"
+
+
+class PerfectSummaries(ChangedBlocks):
+    """WAL summaries that name each block that differs, and no other."""
+
+    def __init__(self, then: Files, now: Files) -> None:
+        self._then, self._now = then, now
+
+    def within(self, relation: tuple[int, int, int], first: int, count: int) -> NDArray[np.int64]:
+        path = f"base/{relation[1]}/{relation[2]}"
+        then, now = (
+            np.frombuffer(files[path][: count * PAGE_SIZE], np.uint8).reshape(count, PAGE_SIZE)
+            for files in (self._then, self._now)
+        )
+        return np.flatnonzero((then != now).any(axis=1))
 
 
 class MemoryTarget:
@@ -131,6 +152,7 @@ def commit(
         kind,
         None if baseline is None else baseline.backup_id,
         boot_id="this boot",
+        host="this host",
         root=Root(root.pack, root.size, root.footer),
         **changes,
     )
@@ -160,7 +182,8 @@ class Chains(RuleBasedStateMachine):
         super().__init__()
         self.patch = pytest.MonkeyPatch()
         self.patch.setattr(FrameWriter, "PACK_BYTES", 60_000)
-        self.patch.setattr(copier_module, "REREAD_SECONDS", (0.0,))
+        for module in (batch, copier):
+            self.patch.setattr(module, "REREAD_SECONDS", (0.0,))
         for name, rows in {"files": 2, "extents": 3, "marks": 16, "hashes": 5}.items():
             self.patch.setitem(GROUP_ROWS, name, rows)
         self.directory = MemoryDirectory()
@@ -234,24 +257,31 @@ class Chains(RuleBasedStateMachine):
 
     # -- backups --------------------------------------------------------------------------------
 
-    @rule(kind=st.sampled_from(BackupType), trusted=st.sampled_from([True, True, False]))
-    def back_up(self, kind: BackupType, trusted: bool) -> None:
+    @rule(kind=st.sampled_from(BackupType), detector=st.sampled_from(["wal", "scan", "content"]))
+    def back_up(self, kind: BackupType, detector: str) -> None:
+        baseline = None
         if not self.backups:
             kind = BackupType.FULL
-        baseline = choose_baseline(self.backups, kind, None)
+        if kind is not BackupType.FULL:
+            baseline = choose_baseline(self.backups, kind, None)
         self.lsn += 40
         start = Lsn(self.lsn)
         view: BaselineView = NoBaseline()
         if baseline is not None:
             chain = chain_of(self.backups, baseline.backup_id)
-            view = ChainBaseline(self.repository, chain, trusted=trusted, boot_id="this boot")
+            here = Host("this host", "this boot", Timeline(1))
+            view = ChainBaseline(self.repository, chain, detector=detector, here=here)
+            if detector == "wal":
+                view.changed = PerfectSummaries(
+                    self.expected[baseline.backup_id], self.directory.files
+                )
         frames = self.repository.writer(LEVEL)
         tables = TableWriter(frames)
         settings = CopySettings(start, CALLED_NS, False, WAL_SEGMENT, 131072)
-        copier = Copier(self.directory, frames, settings, view, never_cancelled)
+        by_file = Copier(self.directory, frames, settings, view, never_cancelled)
         whole = {}
         for path, data in sorted(self.directory.files.items()):
-            result = copier.copy(path, datafile.classify(path))
+            result = by_file.copy(path, datafile.classify(path))
             assert result is not None
             add_result(tables, result)
             partial = len(data) % PAGE_SIZE if datafile.relation(path) is not None else 0
