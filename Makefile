@@ -4,7 +4,7 @@ PYTEST_ARGS ?=
 DEMO_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all check clean
+.PHONY: help demo test test-all soak check clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
@@ -20,6 +20,11 @@ test: ## run all tests on PostgreSQL 15, 17 and 18 (PYTEST_ARGS="--pg 18 -k name
 test-all: ## run all tests in every configuration of the servers
 	@scripts/bootstrap test
 	@$(BIN)/python -m pytest --matrix full $(PYTEST_ARGS)
+
+soak: ## backups under load, each restored and judged (MINUTES=20 SEED=1 PG=18)
+	@scripts/bootstrap test
+	@SOAK_MINUTES=$(or $(MINUTES),20) SOAK_SEED=$(or $(SEED),0) SOAK_PG=$(or $(PG),18) \
+		$(BIN)/python -m pytest -p no:cacheprovider tests/soak.py
 
 check: ## lint, formatting, types and layers
 	@scripts/bootstrap test

@@ -23,19 +23,12 @@ from dbmodule.ident import PAGE_SIZE, BackupId, BackupType
 from dbmodule.pgdata.source import LocalDataDirectory
 from dbmodule.reports import BackupReport
 from dbmodule.walsummary import ChangedBlocks
-from tests import oracles
+from tests import ddl, oracles
 from tests.fix_backup import Site, SiteFactory
 from tests.frozen import Frozen, freeze
 
 SUMMARIZING = {"summarize_wal": "on", "autovacuum": "off"}
 with_summaries = pytest.mark.parametrize("major", [17, 18])
-
-
-def table(site: Site, name: str, rows: int = 4000) -> None:
-    site.cluster.execute(
-        f"CREATE TABLE {name} AS SELECT i, repeat(md5(i::text), 20) AS filler"
-        f" FROM generate_series(1, {rows}) AS i"
-    )
 
 
 def restored_as_source(site: Site, report: BackupReport) -> None:
@@ -56,7 +49,7 @@ def test_it_is_chosen_where_it_can_be_and_reads_what_changed(
     summarizing: Site, pg_major: int
 ) -> None:
     site = summarizing
-    table(site, "big", 40_000)
+    ddl.table(site.cluster, "big", 40_000)
     site.cluster.execute("VACUUM (FREEZE) big")  # else all its pages change with their hint bits
     site.full()
     site.cluster.execute("UPDATE big SET filler = 'x' WHERE i % 9000 = 1")
@@ -75,7 +68,7 @@ def test_it_is_chosen_where_it_can_be_and_reads_what_changed(
 
 def test_asked_for_and_not_there_the_scan_takes_over_and_says_why(make_site: SiteFactory) -> None:
     site = make_site(settings={"autovacuum": "off"})
-    table(site, "t")
+    ddl.table(site.cluster, "t")
     site.full()
     site.cluster.execute("UPDATE t SET filler = 'x' WHERE i = 7")
     for detect in ("auto", "wal"):
@@ -106,7 +99,7 @@ def test_a_gap_or_a_damaged_summary_is_seen(
 ) -> None:
     monkeypatch.setattr(summaries, "PATIENCE_SECONDS", 0.5)
     site = make_site(settings=SUMMARIZING)
-    table(site, "t")
+    ddl.table(site.cluster, "t")
     full = site.full()
     for number in range(4):
         site.cluster.execute(f"UPDATE t SET filler = 'x' WHERE i = 900 * {number}")
@@ -132,7 +125,7 @@ def test_a_slow_summariser_is_waited_for(
         return names if len(asked) > 3 else names[:-1]
 
     site = make_site(settings=SUMMARIZING)
-    table(site, "t")
+    ddl.table(site.cluster, "t")
     site.full()
     monkeypatch.setattr(LocalDataDirectory, "names", late)
     assert site.diff().detector == "wal"
@@ -140,62 +133,6 @@ def test_a_slow_summariser_is_waited_for(
 
 
 # -- agreement with the other detectors -----------------------------------------------------------
-
-STATEMENTS = [
-    "UPDATE {t} SET filler = md5(filler) WHERE i % {n} = 0",
-    "DELETE FROM {t} WHERE i % {n} = 1",
-    "INSERT INTO {t} SELECT i, repeat('n', {n}) FROM generate_series(1, 700) AS i",
-    "VACUUM {t}",
-    "VACUUM (FREEZE) {t}",
-    "VACUUM FULL {t}",
-    "TRUNCATE {t}",
-    "DELETE FROM {t} WHERE i > {n} * 60",
-    "CREATE INDEX ON {t} (i)",
-    "CREATE INDEX ON {t} USING hash (i)",
-    "CREATE INDEX ON {t} USING brin (i)",
-    "REINDEX TABLE {t}",
-    "CLUSTER {t} USING {t}_key",
-    "ALTER TABLE {t} SET UNLOGGED",
-    "ALTER TABLE {t} SET LOGGED",
-    "DROP TABLE {t}",
-    "ALTER TABLE {t} ADD COLUMN c{n} int DEFAULT 3",
-    "CREATE DATABASE d{n} TEMPLATE template1 STRATEGY file_copy",
-    "CREATE DATABASE w{n} TEMPLATE template1 STRATEGY wal_log",
-    "DROP DATABASE IF EXISTS d{n}",
-    "ALTER DATABASE moving SET TABLESPACE inside",
-    "ALTER DATABASE moving SET TABLESPACE pg_default",
-    "SELECT lo_from_bytea(0, decode(repeat('ab', 400 * {n}), 'hex'))",
-    "BEGIN; UPDATE {t} SET i = i + 1 WHERE i % 50 = 0; PREPARE TRANSACTION 'p{n}'",
-    "CHECKPOINT",
-]
-
-
-def run_at_random(site: Site, rng: random.Random, count: int) -> None:
-    """Statements that cannot be carried out in the state they meet change nothing: that is fine."""
-    with psycopg.connect(site.cluster.dsn(), autocommit=True) as session:
-        session.execute("SET lock_timeout = '200ms'")
-        session.execute("SET allow_in_place_tablespaces = on")
-        for _ in range(count):
-            name, number = rng.choice(["a", "b", "c"]), rng.randint(2, 9)
-            for statement in rng.choice(STATEMENTS).format(t=name, n=number).split("; "):
-                try:
-                    session.execute(statement.encode())
-                except psycopg.Error:
-                    session.execute("ROLLBACK")
-            session.execute(
-                f"CREATE TABLE IF NOT EXISTS {name} (i int, filler text,"
-                f" CONSTRAINT {name}_key UNIQUE (i, filler) NOT DEFERRABLE)".encode()
-            )
-
-
-def prepare(site: Site) -> None:
-    site.cluster.execute("CREATE DATABASE moving")
-    with psycopg.connect(site.cluster.dsn(), autocommit=True) as session:
-        session.execute("SET allow_in_place_tablespaces = on")
-        session.execute("CREATE TABLESPACE inside LOCATION ''")
-    for name in ("a", "b", "c"):
-        table(site, name)
-        site.cluster.execute(f"CREATE UNIQUE INDEX {name}_key ON {name} (i, filler)")
 
 
 def all_detectors(frozen: Frozen, baseline: BackupId) -> Iterator[tuple[str, Path]]:
@@ -209,16 +146,12 @@ def all_detectors(frozen: Frozen, baseline: BackupId) -> Iterator[tuple[str, Pat
 @with_summaries
 @pytest.mark.parametrize("seed", [1, 2])
 def test_all_three_restore_the_same_bytes(make_site: SiteFactory, major: int, seed: int) -> None:
-    settings = SUMMARIZING | {
-        "max_prepared_transactions": "20",
-        "allow_in_place_tablespaces": "on",
-    }
-    site = make_site(major, settings=settings)
+    site = make_site(major, settings=SUMMARIZING | ddl.SETTINGS)
     rng = random.Random(seed)
-    prepare(site)
+    ddl.prepare(site.cluster)
     baseline = BackupId(site.full().backup_id)
     for _ in range(2):
-        run_at_random(site, rng, 25)
+        ddl.run_at_random(site.cluster, rng, 25)
         frozen = freeze(site)
         differences = {
             detect: oracles.byte_oracle(restored, frozen.path)
@@ -276,7 +209,7 @@ def changed_while_elsewhere(site: Site) -> None:
 
 
 def grown(site: Site) -> None:
-    table(site, "grown", 1)
+    ddl.table(site.cluster, "grown", 1)
     site.cluster.execute("INSERT INTO a SELECT i, repeat('g', 900) FROM generate_series(1, 900) i")
 
 
@@ -293,8 +226,8 @@ def test_without_a_rule_the_bytes_differ(
     defect: Callable[[pytest.MonkeyPatch], None],
     change: Callable[[Site], None],
 ) -> None:
-    site = make_site(settings=SUMMARIZING | {"allow_in_place_tablespaces": "on"})
-    prepare(site)
+    site = make_site(settings=SUMMARIZING | ddl.SETTINGS)
+    ddl.prepare(site.cluster)
     site.cluster.execute("CREATE TABLE there AS SELECT generate_series(1, 3000) AS i", "moving")
     baseline = BackupId(site.full().backup_id)
     change(site)
