@@ -17,6 +17,7 @@ from dbmodule.backup.run import take_backup
 from dbmodule.backup.steps import Environment, read_control_file
 from dbmodule.catalog import SqlCatalog, SqlJobQueue
 from dbmodule.config import Config
+from dbmodule.corruption import last_good
 from dbmodule.datafile import CONTROL_FILE, tablespace_version_directory
 from dbmodule.errors import UsageError
 from dbmodule.ident import BackupId
@@ -27,6 +28,7 @@ from dbmodule.pgdata.target import LocalTargetDirectory, staged_name
 from dbmodule.ports import Cancelled, Job, Progress, never_cancelled, no_progress
 from dbmodule.postgres import extension
 from dbmodule.postgres.dsn import check_dsn
+from dbmodule.postgres.names import PsycopgNames
 from dbmodule.postgres.server import PsycopgServer
 from dbmodule.reports import (
     BackupDetails,
@@ -96,13 +98,13 @@ class App:
             return report
         return DryRunReport(
             **{f.name: getattr(report, f.name) for f in dataclasses.fields(report)},
-            relations=listing.by_pages(taken.relations),
+            relations=listing.relation_changes(taken.relations),
         )
 
     def _environment(self, options: BackupOptions, stack: ExitStack) -> Environment:
         repository = self._repository(dry=options.dry_run)
         settings = self._config.server
-        server, catalog = None, None
+        server, catalog, names = None, None, None
         if options.offline:
             root = settings.pgdata
             if root is None:
@@ -116,6 +118,7 @@ class App:
             directory = tablespace_version_directory(major, control.catalog_version)
         else:
             server = stack.enter_context(closing(PsycopgServer(settings.dsn)))
+            names = PsycopgNames(settings.dsn)
             identity = server.identify()
             root = settings.pgdata or Path(identity.data_directory)
             directory = tablespace_version_directory(identity.major, identity.catalog_version)
@@ -128,6 +131,7 @@ class App:
             directory=LocalDataDirectory(root, directory),
             server=server,
             catalog=catalog,
+            names=names,
             boot_id=host_boot_id(),
             host=host_name(),
             threads=self._config.backup.threads,
@@ -144,8 +148,9 @@ class App:
         manifests, unreadable = repository.readable_manifests(self._config.repository.cluster)
         chosen = listing.resolve(manifests, backup, unreadable)
         manifest, digest = repository.manifest(self._config.repository.cluster, chosen)
-        relations = listing.relation_changes(repository.tables(manifest).files())
-        return listing.to_details(manifests, manifest, digest, relations)
+        good = last_good(repository, manifests, manifest)
+        relations = repository.tables(manifest).relations()
+        return listing.to_details(manifests, manifest, digest, relations, good)
 
     # -- restore and verification ---------------------------------------------------------------
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import astuple, replace
 
 from dbmodule import datafile
 from dbmodule.chain import chain_of, dependents_of, newest
 from dbmodule.errors import NoBaselineError, RepositoryError, UsageError
 from dbmodule.ident import BackupId, format_lsn, parse_backup_id
-from dbmodule.manifest import Manifest
+from dbmodule.manifest import Corruption, Manifest
+from dbmodule.registry import RelationRow
 from dbmodule.reports import BackupDetails, BackupReport, CorruptPage, RelationChange
-from dbmodule.repository.tables import FileEntry
 
 LATEST = "latest"
 
@@ -81,43 +81,57 @@ def to_report(manifest: Manifest) -> BackupReport:
         finished_at=manifest.finished_at.isoformat(),
         seconds=round((manifest.finished_at - manifest.started_at).total_seconds(), 3),
         phases=manifest.phases,
+        corruption=[to_corrupt_page(page) for page in manifest.corruption],
     )
 
 
-def relation_changes(files: Iterable[FileEntry]) -> list[RelationChange]:
-    """Changed pages per relation and fork, all segments together, most first."""
-    pages: Counter[tuple[int, int, int, str]] = Counter()
-    for entry in files:
-        relation = datafile.relation(entry.path)
-        if relation is not None and entry.prints:
-            key = relation.tablespace, relation.database, relation.relfilenode, relation.fork
-            pages[key] += entry.prints
-    return by_pages(pages)
+def to_corrupt_page(page: Corruption) -> CorruptPage:
+    """A corrupt page with the numbers that its path stands for."""
+    relation = datafile.relation(page.path)
+    return CorruptPage(
+        path=page.path,
+        block=page.block,
+        lsn=format_lsn(page.lsn),
+        expected=page.expected,
+        actual=page.actual,
+        tablespace=None if relation is None else relation.tablespace,
+        database=None if relation is None else relation.database,
+        relfilenode=None if relation is None else relation.relfilenode,
+        fork=None if relation is None else relation.fork,
+        database_name=page.database_name,
+        relation_name=page.relation_name,
+        table_name=page.table_name,
+        last_good=page.last_good,
+    )
 
 
-def by_pages(pages: Counter[tuple[int, int, int, str]]) -> list[RelationChange]:
-    """Changed pages by tablespace, database, relfilenode and fork, most first."""
-    return [RelationChange(*key, count) for key, count in pages.most_common()]
+def relation_changes(rows: Iterable[RelationRow]) -> list[RelationChange]:
+    """What a backup remembers of the relations that changed, in its order."""
+    return [RelationChange(*astuple(row)) for row in rows]
 
 
 def to_details(
     backups: Mapping[BackupId, Manifest],
     manifest: Manifest,
     digest: str,
-    relations: list[RelationChange],
+    relations: Iterable[RelationRow],
+    last_good: Mapping[Corruption, BackupId],
 ) -> BackupDetails:
-    """A backup with its chain, its dependents and its problems."""
+    """A backup with its chain, its dependents and its problems.
+
+    `last_good` tells where the last good copies of its corrupt pages are now.
+    """
     return BackupDetails(
         backup=to_report(manifest),
         chain=[m.backup_id for m in chain_of(backups, manifest.backup_id)],
         dependents=[str(b) for b in dependents_of(backups, manifest.backup_id)],
         corruption=[
-            CorruptPage(c.path, c.block, format_lsn(c.lsn), c.expected, c.actual)
-            for c in manifest.corruption
+            to_corrupt_page(replace(page, last_good=last_good.get(page)))
+            for page in manifest.corruption
         ],
         tablespaces=manifest.tablespaces,
         manifest_hash=digest,
-        relations=relations,
+        relations=relation_changes(relations),
     )
 
 

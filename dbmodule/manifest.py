@@ -51,11 +51,22 @@ class Mark:
 
 @dataclass(frozen=True, slots=True)
 class Corruption:
+    """A page of the source that failed its checksum, however often it was read."""
+
     path: str
     block: int
+    """Within the fork."""
     lsn: Lsn
     expected: int
+    """Checksum that the page's bytes give."""
     actual: int
+    """Checksum that the page carries."""
+    database_name: str | None
+    relation_name: str | None
+    table_name: str | None
+    """Of an index or a TOAST relation the table that it belongs to, else as `relation_name`."""
+    last_good: BackupId | None
+    """The newest backup, when this one was taken, that held a copy which matches its checksum."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,15 +178,20 @@ def from_body(name: str, body: dict[str, Any]) -> Manifest:
         values["type"] = BackupType(values["type"])
         values["system_identifier"] = SystemId(int(values["system_identifier"]))
         values["marks"] = tuple(Mark(**mark) for mark in values["marks"])
-        values["corruption"] = tuple(
-            Corruption(**{**c, "lsn": parse_lsn(c["lsn"])}) for c in values["corruption"]
-        )
+        values["corruption"] = tuple(_corruption(c) for c in values["corruption"])
         values["root"] = Root(**values["root"])
         manifest = Manifest(**values)
         _check_types(manifest)
     except (KeyError, TypeError, ValueError, AttributeError, UsageError) as error:
         raise CorruptObjectError(f"{name}: not a valid manifest: {error}") from error
     return manifest
+
+
+def _corruption(body: dict[str, Any]) -> Corruption:
+    last_good = body["last_good"]
+    if last_good is not None:
+        last_good = parse_backup_id(last_good)
+    return Corruption(**{**body, "lsn": parse_lsn(body["lsn"]), "last_good": last_good})
 
 
 _HINTS = {declared: get_type_hints(declared) for declared in (Manifest, Root, Mark, Corruption)}

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from dbmodule.ident import BackupId, BackupType, Lsn, SystemId, Timeline
-from dbmodule.registry import FileIdentity
+from dbmodule.manifest import Corruption
+from dbmodule.registry import FileIdentity, RelationRow
 
 Buffer = bytes | bytearray | memoryview
 
@@ -161,6 +162,39 @@ class BackupRecord:
     corrupt_pages: int
     manifest_hash: str
     """64 hexadecimal digits."""
+    relations: tuple[RelationRow, ...] = ()
+    corruption: tuple[Corruption, ...] = ()
+
+
+class RelationId(NamedTuple):
+    """A relation as the data directory knows it."""
+
+    tablespace: int
+    database: int
+    """0 for relations that all databases share."""
+    relfilenode: int
+
+
+class RelationName(NamedTuple):
+    """What a relation was called at one moment; None where that could not be found out."""
+
+    database: str | None = None
+    """None, too, for relations that all databases share."""
+    relation: str | None = None
+    """Schema-qualified."""
+    table: str | None = None
+    """The table that an index or TOAST relation belongs to; itself of any other relation."""
+
+
+class RelationNames(Protocol):
+    """What relations are called now, as far as the server's catalogs can be read."""
+
+    def resolve(self, relations: Iterable[RelationId]) -> dict[RelationId, RelationName]:
+        """Names of those of which anything is known.
+
+        A catalog that cannot be read is never an error: names are only for people.
+        """
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,6 +315,10 @@ class Catalog(Protocol):
 
     def sees_marks(self, marks: Sequence[LineageMark]) -> bool:
         """Are all of them visible here, each written by the transaction recorded for it?"""
+        ...
+
+    def unknown(self, backups: Sequence[BackupId]) -> set[BackupId]:
+        """Those of `backups` that were not recorded yet."""
         ...
 
     def record(self, backup: BackupRecord) -> None:

@@ -63,6 +63,23 @@ class FileIdentity:
     device: int
 
 
+@dataclass(frozen=True, slots=True)
+class RelationRow:
+    """What a backup stored of one fork of a relation, and what that was called at the time."""
+
+    tablespace: int
+    database: int
+    """0 for a shared relation."""
+    relfilenode: int
+    fork: str
+    pages_changed: int
+    database_name: str | None = None
+    relation_name: str | None = None
+    """With its schema; None where the catalog could not be read."""
+    table_name: str | None = None
+    """Of an index or a TOAST relation the table that it belongs to, else as `relation_name`."""
+
+
 def settled(mtime_ns: int, backup_called_ns: int) -> bool:
     """May a file's identity be recorded? Only if it was quiet for 2 s before the backup began:
     a stalled write or a coarse clock could otherwise hide a change behind an equal mtime."""

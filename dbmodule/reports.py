@@ -35,13 +35,26 @@ class BackupOptions:
 
 @dataclass(frozen=True, slots=True)
 class CorruptPage:
+    """A page that failed its checksum for good, and was stored as it was found."""
+
     path: str
     block: int
+    """Within the fork."""
     lsn: str
     expected: int
     """Checksum that the page's bytes give."""
     actual: int
     """Checksum that the page carries."""
+    tablespace: int | None
+    database: int | None
+    relfilenode: int | None
+    fork: str | None
+    database_name: str | None
+    """Names are those of the time of the backup; None where they are not known."""
+    relation_name: str | None
+    table_name: str | None
+    last_good: str | None
+    """The newest earlier backup whose copy of the page is good; None when there is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +92,8 @@ class BackupReport:
     finished_at: str
     seconds: float
     phases: Mapping[str, float]
+    corruption: list[CorruptPage] = field(default_factory=list)
+    """The first of the corrupt pages, as much of them as is kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +105,12 @@ class RelationChange:
     relfilenode: int
     fork: str
     pages_changed: int
+    database_name: str | None = None
+    """None for shared relations, and where the server's catalogs could not be read."""
+    relation_name: str | None = None
+    """With its schema, as it was called when the backup was taken."""
+    table_name: str | None = None
+    """Of an index or a TOAST relation the table that it belongs to, else as `relation_name`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -115,12 +115,82 @@ COMMENT ON COLUMN dbmodule.backup_dependency.backup_id IS 'The backup that depen
 COMMENT ON COLUMN dbmodule.backup_dependency.baseline_id IS 'The backup that it depends on';
 COMMENT ON INDEX dbmodule.backup_dependency_baseline_id_idx IS 'Finds what depends on a backup';
 
+CREATE TABLE dbmodule.backup_relation (
+    backup_id text NOT NULL
+        REFERENCES dbmodule.backup (backup_id) ON DELETE CASCADE,
+    tablespace oid NOT NULL,
+    database oid NOT NULL,
+    relfilenode oid NOT NULL,
+    fork text NOT NULL CHECK (fork IN ('main', 'fsm', 'vm', 'init')),
+    pages_changed bigint NOT NULL CHECK (pages_changed > 0),
+    database_name text,
+    relation_name text,
+    table_name text,
+    PRIMARY KEY (backup_id, tablespace, database, relfilenode, fork)
+);
+COMMENT ON TABLE dbmodule.backup_relation IS
+    'What changed: pages of each fork of a relation that a backup found to differ from its baseline';
+COMMENT ON COLUMN dbmodule.backup_relation.backup_id IS 'The backup that stored the pages';
+COMMENT ON COLUMN dbmodule.backup_relation.tablespace IS 'OID of the tablespace';
+COMMENT ON COLUMN dbmodule.backup_relation.database IS
+    'OID of the database; 0 for relations that all databases share';
+COMMENT ON COLUMN dbmodule.backup_relation.relfilenode IS 'Number that the file is called by';
+COMMENT ON COLUMN dbmodule.backup_relation.fork IS 'main, fsm, vm or init';
+COMMENT ON COLUMN dbmodule.backup_relation.pages_changed IS
+    'Pages of 8 kB that differ from the baseline; all pages of a full';
+COMMENT ON COLUMN dbmodule.backup_relation.database_name IS
+    'Name of the database at the time of the backup; null when shared or unknown';
+COMMENT ON COLUMN dbmodule.backup_relation.relation_name IS
+    'Name, with its schema, at the time of the backup; null when unknown';
+COMMENT ON COLUMN dbmodule.backup_relation.table_name IS
+    'Table that an index or a TOAST relation belongs to; of any other relation its own name';
+
+CREATE TABLE dbmodule.corrupt_page (
+    backup_id text NOT NULL
+        REFERENCES dbmodule.backup (backup_id) ON DELETE CASCADE,
+    path text NOT NULL,
+    tablespace oid,
+    database oid,
+    relfilenode oid,
+    fork text,
+    block bigint NOT NULL CHECK (block >= 0),
+    lsn pg_lsn NOT NULL,
+    expected integer NOT NULL,
+    actual integer NOT NULL,
+    database_name text,
+    relation_name text,
+    table_name text,
+    last_good_backup_id text,
+    PRIMARY KEY (backup_id, path, block)
+);
+COMMENT ON TABLE dbmodule.corrupt_page IS
+    'Pages of the source that failed their checksum, however often a backup read them';
+COMMENT ON COLUMN dbmodule.corrupt_page.backup_id IS 'The backup that found and stored the page';
+COMMENT ON COLUMN dbmodule.corrupt_page.path IS 'File, relative to the data directory';
+COMMENT ON COLUMN dbmodule.corrupt_page.tablespace IS 'OID of the tablespace';
+COMMENT ON COLUMN dbmodule.corrupt_page.database IS
+    'OID of the database; 0 for relations that all databases share';
+COMMENT ON COLUMN dbmodule.corrupt_page.relfilenode IS 'Number that the file is called by';
+COMMENT ON COLUMN dbmodule.corrupt_page.fork IS 'Fork of the relation';
+COMMENT ON COLUMN dbmodule.corrupt_page.block IS 'Number of the page within the fork';
+COMMENT ON COLUMN dbmodule.corrupt_page.lsn IS 'LSN in the header of the page';
+COMMENT ON COLUMN dbmodule.corrupt_page.expected IS 'Checksum that the bytes of the page give';
+COMMENT ON COLUMN dbmodule.corrupt_page.actual IS 'Checksum that the page carries';
+COMMENT ON COLUMN dbmodule.corrupt_page.database_name IS
+    'Name of the database at the time of the backup; null when shared or unknown';
+COMMENT ON COLUMN dbmodule.corrupt_page.relation_name IS
+    'Name, with its schema, at the time of the backup; null when unknown';
+COMMENT ON COLUMN dbmodule.corrupt_page.table_name IS
+    'Table that an index or a TOAST relation belongs to; of any other relation its own name';
+COMMENT ON COLUMN dbmodule.corrupt_page.last_good_backup_id IS
+    'Newest earlier backup, when this one was taken, with a copy that passes its checksum';
+
 CREATE TABLE dbmodule.job (
     job_id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     type text NOT NULL CHECK (type IN ('full', 'diff', 'incr')),
     baseline_id text,
     label text NOT NULL DEFAULT '',
-    detect text NOT NULL DEFAULT 'auto' CHECK (detect IN ('auto', 'scan', 'content')),
+    detect text NOT NULL DEFAULT 'auto' CHECK (detect IN ('auto', 'wal', 'scan', 'content')),
     state text NOT NULL DEFAULT 'queued'
         CHECK (state IN ('queued', 'running', 'completed', 'failed', 'cancelled')),
     requested_by name NOT NULL DEFAULT SESSION_USER,
@@ -152,7 +222,8 @@ COMMENT ON COLUMN dbmodule.job.job_id IS 'What backup_full() and its like return
 COMMENT ON COLUMN dbmodule.job.type IS 'full, diff or incr';
 COMMENT ON COLUMN dbmodule.job.baseline_id IS 'Backup to build on, when the caller pinned one';
 COMMENT ON COLUMN dbmodule.job.label IS 'Free text that the backup will carry';
-COMMENT ON COLUMN dbmodule.job.detect IS 'How changed pages are to be found: auto, scan, content';
+COMMENT ON COLUMN dbmodule.job.detect IS
+    'How changed pages are to be found: auto, wal, scan or content';
 COMMENT ON COLUMN dbmodule.job.state IS 'queued, running, completed, failed or cancelled';
 COMMENT ON COLUMN dbmodule.job.requested_by IS 'Login that asked for the job';
 COMMENT ON COLUMN dbmodule.job.requested_at IS 'When it was asked for';
@@ -307,10 +378,10 @@ BEGIN
             MESSAGE = 'label contains control characters',
             HINT = 'Write the label as one line of plain text.';
     END IF;
-    IF detect IS NULL OR detect NOT IN ('auto', 'scan', 'content') THEN
+    IF detect IS NULL OR detect NOT IN ('auto', 'wal', 'scan', 'content') THEN
         RAISE EXCEPTION USING ERRCODE = 'invalid_parameter_value',
             MESSAGE = format('unknown detector %s', quote_nullable(left(detect, 80))),
-            HINT = 'Use auto, scan or content.';
+            HINT = 'Use auto, wal, scan or content.';
     END IF;
     IF baseline IS NOT NULL THEN
         IF baseline !~ '^[0-9]{8}-[0-9]{6}-(full|diff|incr)-[0-9a-f]{6}$' THEN
@@ -578,7 +649,7 @@ GRANT EXECUTE ON FUNCTION @extschema@.backup_incremental(text, text, text) TO db
 GRANT EXECUTE ON PROCEDURE @extschema@.backup_wait(bigint, interval) TO dbmodule_operator;
 
 GRANT USAGE ON SCHEMA dbmodule TO dbmodule_agent;
-GRANT SELECT, INSERT, UPDATE, DELETE ON dbmodule.backup, dbmodule.backup_dependency
-    TO dbmodule_agent;
+GRANT SELECT, INSERT, UPDATE, DELETE ON dbmodule.backup, dbmodule.backup_dependency,
+    dbmodule.backup_relation, dbmodule.corrupt_page TO dbmodule_agent;
 GRANT SELECT, INSERT, UPDATE, DELETE ON dbmodule.job TO dbmodule_agent;
 GRANT SELECT, INSERT, DELETE ON dbmodule.lineage, dbmodule.event TO dbmodule_agent;

@@ -71,6 +71,7 @@ class Frozen:
             directory=LocalDataDirectory(self.path, version),
             server=self.server,
             catalog=SqlCatalog(self.site.cluster.dsn()),
+            names=None,
             boot_id="",
             host="",
             threads=2,

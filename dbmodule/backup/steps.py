@@ -5,19 +5,18 @@ from __future__ import annotations
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
 from dbmodule import controlfile, wal, walsummary
 from dbmodule.backup import baseline as ancestry
-from dbmodule.backup import summaries, walfiles
+from dbmodule.backup import record, summaries, walfiles
 from dbmodule.backup.baseline import Position
 from dbmodule.backup.batch import Suspect
 from dbmodule.backup.copier import Copier
-from dbmodule.backup.copying import CopyTotals, RelationKey, add_result, copy_files
+from dbmodule.backup.copying import CopyTotals, add_result, copy_files
 from dbmodule.backup.plan import make_plan
 from dbmodule.backup.values import BaselineView, CopySettings, NoBaseline
 from dbmodule.chain import choose_baseline
@@ -26,7 +25,6 @@ from dbmodule.datafile import CONTROL_FILE
 from dbmodule.errors import (
     BrokenChainError,
     CancelledError,
-    DbmoduleError,
     NotAnAncestorError,
     RefusedError,
     SourceError,
@@ -41,21 +39,20 @@ from dbmodule.ident import (
 from dbmodule.manifest import (
     COMPLETED,
     COMPLETED_WITH_CORRUPTION,
-    Corruption,
     Manifest,
     Mark,
     Root,
 )
 from dbmodule.ports import (
-    BackupRecord,
     Cancelled,
     Catalog,
     DataDirectory,
     Progress,
+    RelationNames,
     Server,
     ServerIdentity,
 )
-from dbmodule.registry import EntryFlag, EntryKind, FileIdentity
+from dbmodule.registry import EntryFlag, EntryKind, FileIdentity, RelationRow
 from dbmodule.reports import BackupOptions
 from dbmodule.repository.repository import Repository
 from dbmodule.repository.tables import FileEntry, TableWriter, encode_root
@@ -77,6 +74,8 @@ class Environment:
     """None for an offline backup."""
     catalog: Catalog | None
     """None where the extension is not used."""
+    names: RelationNames | None
+    """None where no server can be asked."""
     boot_id: str
     """Of the host; empty where it cannot be known."""
     host: str
@@ -135,8 +134,8 @@ class Taken:
     """A committed backup, or one that was only rehearsed."""
 
     manifest: Manifest
-    relations: Counter[RelationKey]
-    """Changed pages per fork of a relation."""
+    relations: list[RelationRow]
+    """Most changed pages first."""
 
 
 @dataclass(slots=True)
@@ -418,6 +417,8 @@ class Run(ABC):
         begun, ended, identity = copied.begun, copied.ended, copied.begun.identity
         chain = begun.chosen.chain
         with self.phases("commit"):
+            relations = record.named(self.env.names, totals.relations)
+            tables.add_relations(relations)
             described = tables.finish()
             packs = frames.flush()
             root = frames.store_root(encode_root(described, packs))
@@ -475,9 +476,8 @@ class Run(ABC):
             bytes_changed=totals.bytes_changed,
             bytes_stored=frames.counts.bytes_stored,
             wal_bytes=copied.wal_bytes,
-            corruption=tuple(
-                Corruption(s.path, s.block, s.lsn, s.expected, s.actual)
-                for s in corrupt[: Manifest.MAX_LISTED]
+            corruption=record.corruption(
+                repository, self.env.cluster, chain, identity, corrupt, relations
             ),
             corrupt_pages=len(corrupt),
             phases=dict(self.phases.seconds),
@@ -487,25 +487,9 @@ class Run(ABC):
             raise CancelledError("the backup was cancelled")
         digest = repository.commit(manifest)
         if not self.options.dry_run:
-            self.record([*zip(chain, hashes, strict=True), (manifest, digest)])
-        return Taken(manifest, totals.relations)
-
-    def record(self, chain: Sequence[tuple[Manifest, str]]) -> None:
-        """Tell the SQL catalog of a committed backup, and of what it builds on if it was not told.
-
-        The backup exists already, so a failure here is not its failure.
-        """
-        if self.env.catalog is None:
-            return
-        try:
-            for manifest, digest in chain:
-                self.env.catalog.record(to_record(manifest, digest))
-        except DbmoduleError as error:
-            log.warning(
-                "backup %s is committed, but the SQL catalog does not know it yet: %s",
-                self.backup_id,
-                error,
-            )
+            committed = [*zip(chain, hashes, strict=True), (manifest, digest)]
+            record.committed(self.env.catalog, repository, committed)
+        return Taken(manifest, relations)
 
 
 def position_of(identity: ServerIdentity, start_lsn: Lsn, history: str) -> ancestry.Position:
@@ -519,34 +503,6 @@ def position_of(identity: ServerIdentity, start_lsn: Lsn, history: str) -> ances
         identity.timeline,
         start_lsn,
         history,
-    )
-
-
-def to_record(manifest: Manifest, digest: str) -> BackupRecord:
-    """The catalog's projection of a manifest."""
-    return BackupRecord(
-        backup_id=manifest.backup_id,
-        type=manifest.type,
-        baseline_id=manifest.baseline_id,
-        status=manifest.status,
-        label=manifest.label,
-        cluster=manifest.cluster,
-        system_identifier=manifest.system_identifier,
-        timeline=manifest.timeline,
-        start_lsn=manifest.start_lsn,
-        stop_lsn=manifest.stop_lsn,
-        started_at=manifest.started_at,
-        finished_at=manifest.finished_at,
-        detector=manifest.detector,
-        files_total=manifest.files_total,
-        pages_total=manifest.pages_total,
-        pages_changed=manifest.pages_changed,
-        bytes_read=manifest.bytes_read,
-        bytes_changed=manifest.bytes_changed,
-        bytes_stored=manifest.bytes_stored,
-        wal_bytes=manifest.wal_bytes,
-        corrupt_pages=manifest.corrupt_pages,
-        manifest_hash=digest,
     )
 
 

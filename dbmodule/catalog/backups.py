@@ -14,10 +14,18 @@ from typing import Any
 from sqlalchemy import BigInteger, ColumnElement, insert, literal_column, select
 from sqlalchemy.dialects.postgresql import insert as upsert
 
+from dbmodule import datafile
 from dbmodule.catalog.engine import connect, make_engine, server_errors
 from dbmodule.catalog.grants import missing_grants
-from dbmodule.catalog.tables import backup, backup_dependency, lineage
+from dbmodule.catalog.tables import (
+    backup,
+    backup_dependency,
+    backup_relation,
+    corrupt_page,
+    lineage,
+)
 from dbmodule.ident import BackupId
+from dbmodule.manifest import Corruption
 from dbmodule.ports import BackupRecord, LineageMark
 
 # A cast to bigint, since the client's driver has no type for xid. The raw value stays readable in
@@ -25,6 +33,8 @@ from dbmodule.ports import BackupRecord, LineageMark
 _XMIN = literal_column("xmin::text::bigint", BigInteger)
 _CTID: ColumnElement[str] = literal_column("ctid::text")
 _FILE: ColumnElement[str] = literal_column("pg_catalog.pg_relation_filepath('dbmodule.lineage')")
+_ROWS = 5000
+"""Rows of relations that are sent at once."""
 
 
 class SqlCatalog:
@@ -57,15 +67,49 @@ class SqlCatalog:
             seen.get(mark.mark) == (mark.xmin, mark.xmin & 0xFFFFFFFF) for mark in marks
         )
 
+    def unknown(self, backups: Sequence[BackupId]) -> set[BackupId]:
+        statement = select(backup.c.backup_id).where(backup.c.backup_id.in_(backups))
+        with server_errors("look for recorded backups"), self._engine.begin() as connection:
+            return set(backups).difference(connection.execute(statement).scalars())
+
     def record(self, record: BackupRecord) -> None:
-        row: dict[str, Any] = dataclasses.asdict(record)
+        row = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
+        relations, corruption = row.pop("relations"), row.pop("corruption")
+        added = upsert(backup).values(row).on_conflict_do_nothing().returning(backup.c.backup_id)
         with server_errors(f"record backup {record.backup_id}"), self._engine.begin() as connection:
-            connection.execute(upsert(backup).values(row).on_conflict_do_nothing())
+            if connection.execute(added).first() is None:
+                return
             if record.baseline_id is not None:
                 link = {"backup_id": record.backup_id, "baseline_id": record.baseline_id}
-                connection.execute(upsert(backup_dependency).values(link).on_conflict_do_nothing())
+                connection.execute(insert(backup_dependency), link)
+            key = {"backup_id": record.backup_id}
+            for start in range(0, len(relations), _ROWS):
+                part = relations[start : start + _ROWS]
+                rows = [key | dataclasses.asdict(relation) for relation in part]
+                connection.execute(insert(backup_relation), rows)
+            if corruption:
+                connection.execute(insert(corrupt_page), [key | _page(page) for page in corruption])
 
     def missing_grants(self) -> list[str]:
         """SQL that an administrator must run so that this role can keep the catalog."""
         with server_errors("look at grants"), connect(self._dsn) as connection:
             return missing_grants(connection)
+
+
+def _page(page: Corruption) -> dict[str, Any]:
+    relation = datafile.relation(page.path)
+    return {
+        "path": page.path,
+        "tablespace": relation and relation.tablespace,
+        "database": relation and relation.database,
+        "relfilenode": relation and relation.relfilenode,
+        "fork": relation and relation.fork,
+        "block": page.block,
+        "lsn": page.lsn,
+        "expected": page.expected,
+        "actual": page.actual,
+        "database_name": page.database_name,
+        "relation_name": page.relation_name,
+        "table_name": page.table_name,
+        "last_good_backup_id": page.last_good,
+    }

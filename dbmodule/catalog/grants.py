@@ -12,6 +12,8 @@ _NEEDED = """
         VALUES
             ('backup', 'SELECT,INSERT'),
             ('backup_dependency', 'SELECT,INSERT'),
+            ('backup_relation', 'SELECT,INSERT'),
+            ('corrupt_page', 'SELECT,INSERT'),
             ('job', 'SELECT,UPDATE'),
             ('lineage', 'SELECT,INSERT')
     )

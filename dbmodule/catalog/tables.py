@@ -19,7 +19,7 @@ from sqlalchemy import (
     Table,
     Text,
 )
-from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.dialects.postgresql import JSONB, OID
 from sqlalchemy.engine import Dialect
 from sqlalchemy.types import UserDefinedType
 
@@ -98,6 +98,39 @@ backup_dependency = Table(
     metadata,
     Column("backup_id", Text, primary_key=True),
     Column("baseline_id", Text, nullable=False),
+)
+
+backup_relation = Table(
+    "backup_relation",
+    metadata,
+    Column("backup_id", Text, primary_key=True),
+    Column("tablespace", OID, primary_key=True),
+    Column("database", OID, primary_key=True),
+    Column("relfilenode", OID, primary_key=True),
+    Column("fork", Text, primary_key=True),
+    Column("pages_changed", BigInteger, nullable=False),
+    Column("database_name", Text),
+    Column("relation_name", Text),
+    Column("table_name", Text),
+)
+
+corrupt_page = Table(
+    "corrupt_page",
+    metadata,
+    Column("backup_id", Text, primary_key=True),
+    Column("path", Text, primary_key=True),
+    Column("tablespace", OID),
+    Column("database", OID),
+    Column("relfilenode", OID),
+    Column("fork", Text),
+    Column("block", BigInteger, primary_key=True),
+    Column("lsn", PgLsn, nullable=False),
+    Column("expected", Integer, nullable=False),
+    Column("actual", Integer, nullable=False),
+    Column("database_name", Text),
+    Column("relation_name", Text),
+    Column("table_name", Text),
+    Column("last_good_backup_id", Text),
 )
 
 job = Table(

@@ -1,27 +1,29 @@
-"""Tables: the file table, page maps and registry of a backup, columnar, in frames.
+"""Tables: the file table, page maps, registry and changed relations of a backup, in frames.
 
 A table is cut into groups of a fixed number of rows; a group is one frame that holds its columns
-one after the other. So a slice of a huge table is read at the cost of the groups it touches, and
-a group that is equal to one of an earlier backup is stored once. The *root* frame, JSON, lists
-every table's groups and the pack table that all references of the backup are relative to.
+one after the other (of relations, which are for people, it is JSON). So a slice of a huge table is
+read at the cost of the groups it touches, and a group that is equal to one of an earlier backup is
+stored once. The *root* frame, JSON, lists every table's groups and the pack table that all
+references of the backup are relative to.
 """
 
 from __future__ import annotations
 
 import json
 import threading
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dbmodule import datafile
 from dbmodule.delta import EXTENT
 from dbmodule.errors import CorruptObjectError, FormatVersionError
-from dbmodule.registry import HASH, MARK, EntryFlag, EntryKind, FileIdentity
+from dbmodule.registry import HASH, MARK, EntryFlag, EntryKind, FileIdentity, RelationRow
 from dbmodule.repository.document import FORMAT
 from dbmodule.repository.frames import FrameReader
 from dbmodule.repository.index import PackRef
@@ -46,7 +48,9 @@ FILE = np.dtype(
 )
 """Fixed columns of the file table; path and link target follow as text."""
 
-GROUP_ROWS = {"files": 4096, "extents": 16384, "marks": 16384, "hashes": 16384}
+GROUP_ROWS = {"files": 4096, "extents": 16384, "marks": 16384, "hashes": 16384, "relations": 4096}
+OPTIONAL = frozenset({"relations"})
+"""Tables that a backup may lack: what they tell can be found out, less well, from the others."""
 DTYPES = {
     "extents": EXTENT,
     "marks": MARK,
@@ -144,6 +148,33 @@ def _decode_files(data: bytes, count: int) -> list[FileEntry]:
     ]
 
 
+def _encode_relations(rows: Sequence[RelationRow]) -> bytes:
+    return json.dumps([astuple(row) for row in rows], separators=(",", ":")).encode()
+
+
+def _decode_relations(data: bytes) -> list[RelationRow]:
+    rows = [RelationRow(*row) for row in json.loads(data)]
+    for row in rows:
+        numbers = (row.tablespace, row.database, row.relfilenode, row.pages_changed)
+        names = (row.database_name, row.relation_name, row.table_name)
+        if not all(type(number) is int for number in numbers):
+            raise ValueError(f"{numbers} are not numbers of a relation")
+        if not all(name is None or isinstance(name, str) for name in names):
+            raise ValueError(f"{names} are not names of a relation")
+    return rows
+
+
+def _relations_of(files: Iterable[FileEntry]) -> list[RelationRow]:
+    """Changed pages per fork of a relation, all segments together, as the file table tells them."""
+    pages: Counter[tuple[int, int, int, str]] = Counter()
+    for entry in files:
+        relation = datafile.relation(entry.path)
+        if relation is not None and entry.prints:
+            key = relation.tablespace, relation.database, relation.relfilenode, relation.fork
+            pages[key] += entry.prints
+    return [RelationRow(*key, count) for key, count in pages.most_common()]
+
+
 class TableWriter:
     """Collects a backup's rows and stores each group as soon as it is full."""
 
@@ -187,6 +218,13 @@ class TableWriter:
             self._groups[table].append(self._frames.store_frame(group))
         self._pending[table] = [rows[stop:]]
         self._waiting[table] = len(rows) - stop
+
+    def add_relations(self, relations: Sequence[RelationRow]) -> None:
+        """Store the changed relations of a backup, most changed pages first; to be called once."""
+        self.rows["relations"] = len(relations)
+        for start in range(0, len(relations), GROUP_ROWS["relations"]):
+            part = relations[start : start + GROUP_ROWS["relations"]]
+            self._groups["relations"].append(self._frames.store_frame(_encode_relations(part)))
 
     def finish(self) -> dict[str, Any]:
         """Store what is left and give the root's description of all tables."""
@@ -244,6 +282,7 @@ class TableReader:
                     "groups": [(int(p), int(f)) for p, f in body["tables"][name]["groups"]],
                 }
                 for name in GROUP_ROWS
+                if name in body["tables"] or name not in OPTIONAL
             }
         self._cache: OrderedDict[tuple[str, int], NDArray[Any]] = OrderedDict()
         self._lock = threading.Lock()
@@ -270,6 +309,21 @@ class TableReader:
             left -= count
         if left:
             raise CorruptObjectError("the file table has fewer rows than it states")
+
+    def relations(self) -> Iterator[RelationRow]:
+        """What changed of each relation, most pages first; without names where none were kept."""
+        if "relations" not in self._tables:
+            yield from _relations_of(self.files())
+            return
+        found = 0
+        for group in range(len(self._tables["relations"]["groups"])):
+            data = self._group_bytes("relations", group)
+            with _well_formed("the table of changed relations"):
+                rows = _decode_relations(data)
+            found += len(rows)
+            yield from rows
+        if found != self.rows("relations"):
+            raise CorruptObjectError("the table of changed relations is not as long as it states")
 
     def _group(self, table: str, group: int) -> NDArray[Any]:
         with self._lock:

@@ -83,13 +83,34 @@ def default_answers() -> dict[str, Any]:
         "backup": full,
         "backups": [full, diff],
         "show": BackupDetails(
-            backup=diff,
+            backup=backup_report(
+                DIFF, FULL, status="completed_with_corruption", corrupt_pages=1, divergent_pages=3
+            ),
             chain=[FULL, DIFF],
             dependents=[],
-            corruption=[CorruptPage("base/5/1259", 7, "0/1", 1, 2)],
+            corruption=[
+                CorruptPage(
+                    path="base/5/1259",
+                    block=7,
+                    lsn="0/1",
+                    expected=1,
+                    actual=2,
+                    tablespace=1663,
+                    database=5,
+                    relfilenode=1259,
+                    fork="main",
+                    database_name="app",
+                    relation_name="pg_catalog.pg_class",
+                    table_name="pg_catalog.pg_class",
+                    last_good=FULL,
+                )
+            ],
             tablespaces={"16384": "/srv/fast"},
             manifest_hash="ab" * 32,
-            relations=[RelationChange(1663, 5, 16384, "main", 41)],
+            relations=[
+                RelationChange(1663, 5, 16384, "main", 41, "app", "public.a_idx", "public.a"),
+                RelationChange(1663, 6, 16385, "fsm", 3),
+            ],
         ),
         "restore": RestoreReport(
             backup_id=DIFF,

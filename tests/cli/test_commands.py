@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -94,8 +95,18 @@ def test_show(dbmodule: Dbmodule) -> None:
     assert "backup" not in document
     text = dbmodule("show", DIFF).out
     assert f"{FULL} <- {DIFF}" in text
-    assert "base/5/1259" in text
     assert "/srv/fast" in text
+    assert re.search(r"^public\.a_idx +public\.a +app +main +41$", text, re.MULTILINE)
+    assert re.search(r"^1663/6/16385 +6 +fsm +3$", text, re.MULTILINE)
+
+
+def test_show_tells_what_is_corrupt_and_what_to_do(dbmodule: Dbmodule) -> None:
+    text = dbmodule("show", DIFF).out
+    page = rf"^pg_catalog\.pg_class +pg_catalog\.pg_class +app +7 +{FULL} +base/5/1259 +0002, "
+    assert re.search(page, text, re.MULTILINE)
+    assert f"dbmodule restore {FULL} --target" in text
+    assert "3 divergent pages: by their LSN older than the baseline" in text
+    assert "REINDEX" not in text and "no backup here" not in text
 
 
 def test_backup_options(dbmodule: Dbmodule, app: type[App]) -> None:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import re
 import struct
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -248,7 +250,7 @@ class Backup:
         expect(body["format"] == 1, "version of the root frame")
         self.packs: list[tuple[str, int, int]] = [tuple(ref) for ref in body["packs"]]
         self.tables = body["tables"]
-        expect(set(self.tables) == {"files", *COLUMNS}, "tables")
+        expect(set(self.tables) - {"relations"} == {"files", *COLUMNS}, "tables")
         self.groups: dict[tuple[str, int], list[tuple[Any, ...]]] = {}
         self.files: dict[str, Row] = {}
         for number in range(len(self.tables["files"]["groups"])):
@@ -283,6 +285,16 @@ class Backup:
             for start, end in itertools.pairwise(ends)
         ]
         return [Row(texts[i], texts[count + i], *rows[i]) for i in range(count)]
+
+    def relations(self) -> list[list[Any]]:
+        found: list[list[Any]] = []
+        for number in range(len(self.tables["relations"]["groups"])):
+            data, count = self.group("relations", number)
+            rows = json.loads(data)
+            expect(len(rows) == count, "rows of a group of relations")
+            found += rows
+        expect(len(found) == self.tables["relations"]["rows"], "rows of relations")
+        return found
 
     def rows(self, table: str, first: int, count: int) -> list[tuple[Any, ...]]:
         size = self.tables[table]["group_rows"]
@@ -350,6 +362,24 @@ def _files(root: Path) -> set[str]:
         else:
             found.add(str(name))
     return found
+
+
+def test_the_table_of_relations_agrees_with_the_file_table(
+    long_chain: tuple[Path, list[str]],
+) -> None:
+    repository, backups = long_chain
+    for backup in Reader(repository, "main").chain(backups[-1]):
+        pages: Counter[tuple[str, int, str]] = Counter()
+        for row in backup.files.values():
+            match = re.fullmatch(r"(.*)/(\d+)(?:_(fsm|vm|init))?(?:\.\d+)?", row.path)
+            if match and match[1].startswith(("global", "base/", "pg_tblspc/")) and row.prints:
+                pages[match[1], int(match[2]), match[3] or "main"] += row.prints
+        told = backup.relations()
+        assert Counter((r[2], r[3], r[4]) for r in told) == Counter(
+            (number, fork, count) for (_, number, fork), count in pages.items()
+        )
+        assert [r[4] for r in told] == sorted((r[4] for r in told), reverse=True)
+        assert any(r[5:] == ["postgres", *["pg_catalog.pg_class"] * 2] for r in told)
 
 
 def test_every_index_entry_is_what_the_page_says(long_chain: tuple[Path, list[str]]) -> None:

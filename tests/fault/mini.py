@@ -76,6 +76,7 @@ def back_up(store: ObjectStore, root: Path, kind: BackupType) -> Manifest:
         directory=LocalDataDirectory(root),
         server=None,
         catalog=None,
+        names=None,
         boot_id="",
         host="",
         threads=2,

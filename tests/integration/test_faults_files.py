@@ -55,6 +55,7 @@ def back_up(
             directory=ChangingDirectory(directory, before=before, after=after, on_read=on_read),
             server=server,
             catalog=SqlCatalog(site.cluster.dsn()),
+            names=None,
             boot_id=host_boot_id(),
             host="",
             threads=2,

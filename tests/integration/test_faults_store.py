@@ -213,6 +213,7 @@ def test_running_server_survives_a_failure_of_any_write(
                 directory=LocalDataDirectory(cluster.datadir, directory),
                 server=server,
                 catalog=None,
+                names=None,
                 boot_id="",
                 host="",
                 threads=2,

@@ -6,12 +6,10 @@ import click
 
 from dbmodule.reports import BackupDetails
 from dbmodule_cli.command import Command
-from dbmodule_cli.commands.backup import show_backup
+from dbmodule_cli.commands.backup import show_backup, show_relations
 from dbmodule_cli.invocation import Invocation, as_document, pass_invocation
 from dbmodule_cli.output import Printer
-
-MOST_CHANGED = 10
-"""Relations shown to a person; JSON has them all."""
+from dbmodule_cli.problems import show_problems
 
 
 @click.command("show", cls=Command)
@@ -36,25 +34,5 @@ def _show(printer: Printer, details: BackupDetails) -> None:
             *((f"tablespace {oid}", path) for oid, path in details.tablespaces.items()),
         ]
     )
-    if details.relations:
-        printer.table(
-            ("changed most: tablespace", "database", "relfilenode", "fork", "pages"),
-            [
-                (
-                    str(r.tablespace),
-                    str(r.database),
-                    str(r.relfilenode),
-                    r.fork,
-                    str(r.pages_changed),
-                )
-                for r in details.relations[:MOST_CHANGED]
-            ],
-        )
-    if details.corruption:
-        printer.table(
-            ("corrupt page of", "block", "LSN", "checksum", "carried"),
-            [
-                (page.path, str(page.block), page.lsn, str(page.expected), str(page.actual))
-                for page in details.corruption
-            ],
-        )
+    show_relations(printer, details.relations)
+    show_problems(printer, details.backup, details.corruption)
