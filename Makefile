@@ -24,7 +24,8 @@ test-all: ## run all tests in every configuration of the servers
 soak: ## backups under load, each restored and judged (MINUTES=20 SEED=1 PG=18)
 	@scripts/bootstrap test
 	@SOAK_MINUTES=$(or $(MINUTES),20) SOAK_SEED=$(or $(SEED),0) SOAK_PG=$(or $(PG),18) \
-		$(BIN)/python -m pytest -p no:cacheprovider tests/soak.py
+		$(BIN)/python -m pytest -p no:cacheprovider \
+		-o faulthandler_timeout=0 tests/soak.py
 
 check: ## lint, formatting, types and layers
 	@scripts/bootstrap test
