@@ -162,6 +162,25 @@ def _fork(suffix: str | None) -> Fork:
             return "main"
 
 
+def is_late_unlogged(path: str, relations: frozenset[str]) -> bool:
+    """Is this a file, other than the init fork's, of a relation named as ``base/5/16384``?"""
+    file = relation(path)
+    return (
+        file is not None
+        and file.fork != "init"
+        and f"{path.rpartition('/')[0]}/{file.relfilenode}" in relations
+    )
+
+
+def relation_path(tablespace: int, database: int, relfilenode: int, version_directory: str) -> str:
+    """Database directory and relfilenode; `version_directory` is that of `tablespace`."""
+    if tablespace == GLOBAL_TABLESPACE:
+        return f"global/{relfilenode}"
+    if tablespace == DEFAULT_TABLESPACE:
+        return f"base/{database}/{relfilenode}"
+    return f"pg_tblspc/{tablespace}/{version_directory}/{database}/{relfilenode}"
+
+
 def unlogged_relations(names: Iterable[str]) -> frozenset[int]:
     """The unlogged relations among the file names of *one* database directory, as relfilenodes.
 

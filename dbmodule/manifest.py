@@ -112,6 +112,10 @@ class Manifest:
     created_tablespaces: dict[str, str]
     """OID → location in CREATE TABLESPACE records of the WAL that a restore replays; empty for an
     in-place tablespace."""
+    late_unlogged: tuple[str, ...]
+    """Database directory and relfilenode, ``base/5/16384``, of relations whose init fork appeared
+    during the backup. Nothing else of them is restored: the end of recovery makes it anew, and
+    fails where it finds a file."""
     owner: str
     """Operating system user who owned the data directory."""
 
@@ -179,6 +183,7 @@ def from_body(name: str, body: dict[str, Any]) -> Manifest:
         values["system_identifier"] = SystemId(int(values["system_identifier"]))
         values["marks"] = tuple(Mark(**mark) for mark in values["marks"])
         values["corruption"] = tuple(_corruption(c) for c in values["corruption"])
+        values["late_unlogged"] = tuple(values["late_unlogged"])
         values["root"] = Root(**values["root"])
         manifest = Manifest(**values)
         _check_types(manifest)

@@ -67,12 +67,16 @@ _RECORD = struct.Struct("<IIQBB2xI")
 _HEADER = _RECORD.size
 _RECORD_LIMIT = 1020 * 1024 * 1024
 _CRC_AT = 20
-_XLOG, _DATABASE, _TABLESPACE = 0, 4, 5
+_XLOG, _SMGR, _DATABASE, _TABLESPACE = 0, 2, 4, 5
 _OPERATION = 0xF0
 _SWITCH, _OVERWRITE_CONTRECORD = 0x40, 0xD0
 _CREATE_TABLESPACE = 0x00
+_CREATE_FORK = 0x10
+_INIT_FORK = 3
 _COPY_DATABASE, _DROP_DATABASE = 0x00, 0x20
 _OID = struct.Struct("<I")
+# OIDs of tablespace and database, relfilenode, fork.
+_FORK = struct.Struct("<IIIi")
 _LSN = struct.Struct("<Q")
 # OIDs of a new database, of its tablespace, of its source, and of that one's tablespace.
 _DATABASE_COPY = struct.Struct("<IIII")
@@ -180,6 +184,9 @@ class WalSummary:
     created_tablespaces: list[CreatedTablespace]
     lost_copies: tuple[DatabaseCopy, ...] = ()
     """Those whose source was removed afterwards: a backup taken meanwhile may hold a part of it."""
+    init_forks: tuple[tuple[int, int, int], ...] = ()
+    """(Tablespace, database, relfilenode) of init forks that were created: what else is there of
+    such a relation is unlogged, although at first nothing told so."""
 
 
 def check_segments(
@@ -258,6 +265,7 @@ class WalReader:
         self._created: list[CreatedTablespace] = []
         self._copies: list[DatabaseCopy] = []
         self._lost: list[DatabaseCopy] = []
+        self._init_forks: list[tuple[int, int, int]] = []
         # State between records: where the last one started (None before the first), the part of
         # an unfinished one and where it starts, and one whose rest was lost in a crash.
         self._previous: int | None = None
@@ -296,7 +304,13 @@ class WalReader:
                 f"{format_lsn(self._stop)}",
                 hint="Keep WAL longer (a replication slot, or an archive), and take another.",
             )
-        return WalSummary(self._records, self._stop, self._created, tuple(self._lost))
+        return WalSummary(
+            self._records,
+            self._stop,
+            self._created,
+            tuple(self._lost),
+            tuple(self._init_forks),
+        )
 
     def _check_long_header(self, data: Buffer, base: int) -> None:
         system_identifier, segment_size, page_size = _LONG_HEADER_TAIL.unpack_from(
@@ -403,6 +417,10 @@ class WalReader:
                 continue
             if manager == _TABLESPACE and info & _OPERATION == _CREATE_TABLESPACE:
                 self._created.append(_created_tablespace(bytes(view[position:end]), lsn))
+            elif manager == _SMGR and info & _OPERATION == _CREATE_FORK:
+                *relation, fork = _FORK.unpack_from(_main_data(bytes(view[position:end])))
+                if fork == _INIT_FORK:
+                    self._init_forks.append((relation[0], relation[1], relation[2]))
             elif manager == _DATABASE:
                 self._see_database(info, _main_data(bytes(view[position:end])), Lsn(lsn))
             position = end + 7 & ~7

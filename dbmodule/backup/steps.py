@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
-from dbmodule import controlfile, wal, walsummary
+from dbmodule import controlfile, datafile, wal, walsummary
 from dbmodule.backup import baseline as ancestry
 from dbmodule.backup import record, summaries, walfiles
 from dbmodule.backup.baseline import Position
@@ -126,7 +126,7 @@ class Copied:
     detector_reason: str
     tablespaces: dict[str, str]
     wal_bytes: int
-    created_tablespaces: dict[str, str]
+    replayed: wal.WalSummary
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,7 +285,8 @@ class Run(ABC):
                     )
                 except summaries.NoSummariesError as error:
                     chosen.view.detector = "scan"
-                    return chosen.view, "scan", str(error)
+                    off = "" if wait else "summarize_wal is off: "
+                    return chosen.view, "scan", f"{off}{error}"
         return chosen.view, chosen.detector, chosen.reason
 
     # -- the whole -----------------------------------------------------------------------------
@@ -317,8 +318,8 @@ class Run(ABC):
                 begun.start_lsn,
                 ended.stop_lsn,
             )
-            wal_bytes, created = self.store_wal(needed, begun.history, tables, frames)
-            copied = Copied(begun, ended, detector, reason, tablespaces, wal_bytes, created)
+            wal_bytes, replayed = self.store_wal(needed, begun.history, tables, frames)
+            copied = Copied(begun, ended, detector, reason, tablespaces, wal_bytes, replayed)
             return self.commit(copied, totals, frames, tables)
         finally:
             frames.close()
@@ -384,8 +385,8 @@ class Run(ABC):
         history: str,
         tables: TableWriter,
         frames: FrameWriter,
-    ) -> tuple[int, dict[str, str]]:
-        """WAL and history files; their bytes, and tablespaces that replaying them creates."""
+    ) -> tuple[int, wal.WalSummary]:
+        """WAL and history files; their bytes, and what replaying them does."""
         with self.phases("wal"):
             names = wal.segments_between(
                 needed.timeline, needed.start_lsn, needed.stop_lsn, needed.segment_size
@@ -394,7 +395,7 @@ class Run(ABC):
             if history:
                 name = wal.history_name(needed.timeline)
                 walfiles.add_file(tables, frames, f"pg_wal/{name}", history.encode())
-        return total, {str(t.oid): t.path for t in summary.created_tablespaces}
+        return total, summary
 
     def history(self, timeline: Timeline) -> str:
         """The history file of `timeline`, as the server has it."""
@@ -456,7 +457,14 @@ class Run(ABC):
             backup_label=ended.backup_label,
             tablespace_map=ended.tablespace_map,
             tablespaces=copied.tablespaces,
-            created_tablespaces=copied.created_tablespaces,
+            created_tablespaces={str(t.oid): t.path for t in copied.replayed.created_tablespaces},
+            late_unlogged=tuple(
+                datafile.relation_path(
+                    *relation,
+                    datafile.tablespace_version_directory(identity.major, identity.catalog_version),
+                )
+                for relation in copied.replayed.init_forks
+            ),
             owner=self.env.directory.owner(),
             detector=copied.detector,
             detector_reason=copied.detector_reason,

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from dbmodule.datafile import is_late_unlogged
 from dbmodule.delta import ZERO_FRAME, PageMap, expand
 from dbmodule.errors import BrokenChainError, CorruptObjectError
 from dbmodule.ident import PAGE_SIZE
@@ -41,6 +42,13 @@ class ChainView:
             raise CorruptObjectError(
                 f"the file table of {self.chain[-1].backup_id} holds a path twice"
             )
+        late = frozenset(self.chain[-1].late_unlogged)
+        if late:
+            self.files = {
+                path: entry
+                for path, entry in self.files.items()
+                if not is_late_unlogged(path, late)
+            }
         self._effective.append(self.files)
         self.packs: list[PackRef] = []
         """Pack table of the whole chain, which folded references point into."""

@@ -111,6 +111,7 @@ def manifest(
         backup_label="START WAL LOCATION: 0/3000028\n",
         tablespace_map="",
         tablespaces={},
+        late_unlogged=(),
         created_tablespaces={},
         owner="postgres",
         detector="scan",
