@@ -285,8 +285,7 @@ class Run(ABC):
                     )
                 except summaries.NoSummariesError as error:
                     chosen.view.detector = "scan"
-                    off = "" if wait else "summarize_wal is off: "
-                    return chosen.view, "scan", f"{off}{error}"
+                    return chosen.view, "scan", str(error) if wait else "summarize_wal is off"
         return chosen.view, chosen.detector, chosen.reason
 
     # -- the whole -----------------------------------------------------------------------------

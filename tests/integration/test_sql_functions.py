@@ -85,7 +85,7 @@ def test_a_function_queues_a_job_and_notifies_at_commit(
         ("backup_full(repeat('x', 201))", "22023", "201 characters"),
         (r"backup_full(E'two\nlines')", "22023", "control characters"),
         (r"backup_full(E'\u009b31m')", "22023", "control characters"),
-        ("backup_full(detect => 'wal')", "22023", "unknown detector 'wal'"),
+        ("backup_full(detect => 'ptrack')", "22023", "unknown detector 'ptrack'"),
         ("backup_full(detect => NULL)", "22023", "unknown detector NULL"),
         ("backup_differential(baseline => '../../etc/passwd')", "22023", "not a backup id"),
         (f"backup_differential(baseline => E'{FULL}\\n')", "22023", "not a backup id"),

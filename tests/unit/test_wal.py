@@ -310,6 +310,14 @@ def test_copies_of_databases_that_lose_their_source_are_listed() -> None:
     )
 
 
+def test_init_forks_that_are_created_are_listed() -> None:
+    wal = WalWriter()
+    wal.main_data(struct.pack("<IIIi", 1663, 5, 16400, 0), 2, 0x10)
+    wal.main_data(struct.pack("<IIIi", 1663, 5, 16401, 3), 2, 0x10)
+    stop = wal.main_data(struct.pack("<IIIIi", 7, 1663, 5, 16402, 3), 2, 0x20)  # a truncation
+    assert check(wal.segments(), stop).init_forks == ((1663, 5, 16401),)
+
+
 @given(st.data())
 def test_any_damaged_word_is_found(data: st.DataObject) -> None:
     wal, stop = written(*([200, 20_000] * 70))
