@@ -15,8 +15,10 @@ from dbmodule.catalog.engine import make_engine
 from dbmodule.catalog.tables import metadata
 from dbmodule.errors import LockedError, ServerError
 from dbmodule.ident import BackupId, BackupType, Lsn, SystemId, Timeline
+from dbmodule.manifest import Corruption
 from dbmodule.ports import BackupRecord, LineageMark
 from dbmodule.postgres.extension import install_plain
+from dbmodule.registry import RelationRow
 from tests.fix_cluster import Database
 
 FULL = BackupId("20260131-235900-full-1a2b3c")
@@ -45,6 +47,16 @@ RECORD = BackupRecord(
     wal_bytes=7,
     corrupt_pages=0,
     manifest_hash="ab" * 32,
+    relations=(
+        RelationRow(1663, 5, 16384, "main", 2**62, "app", 'public."O\'Brien"', "public.t"),
+        RelationRow(1664, 0, 1262, "vm", 1),
+    ),
+    corruption=(
+        Corruption(
+            "base/5/16384.1", 131073, Lsn(2**64 - 1), 65535, 0, "app", "public.i", "public.t", FULL
+        ),
+        Corruption("global/unknown", 0, Lsn(0), 1, 2, None, None, None, None),
+    ),
 )
 
 
@@ -132,6 +144,21 @@ def test_a_backup_is_recorded_once_and_exactly(db: Database, catalog: SqlCatalog
     ]
     assert db.query("SELECT backup_id, baseline_id FROM dbmodule.backup_dependency") == [
         (DIFF, FULL)
+    ]
+    assert db.query(
+        "SELECT relfilenode::bigint, fork, pages_changed, database_name, relation_name, table_name"
+        f" FROM dbmodule.backup_relation WHERE backup_id = '{FULL}' ORDER BY 1 DESC"
+    ) == [
+        (16384, "main", 2**62, "app", 'public."O\'Brien"', "public.t"),
+        (1262, "vm", 1, None, None, None),
+    ]
+    assert db.query(
+        "SELECT tablespace::bigint, database::bigint, relfilenode::bigint, fork, block, lsn::text,"
+        " expected, actual, relation_name, last_good_backup_id"
+        f" FROM dbmodule.corrupt_page WHERE backup_id = '{DIFF}' ORDER BY path"
+    ) == [
+        (1663, 5, 16384, "main", 131073, "FFFFFFFF/FFFFFFFF", 65535, 0, "public.i", FULL),
+        (None, None, None, None, 0, "0/0", 1, 2, None, None),
     ]
 
 

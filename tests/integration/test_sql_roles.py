@@ -13,7 +13,16 @@ CHAIN = "SELECT * FROM backup_chain('x')"
 ENQUEUE = "SELECT backup_full('mine')"
 WAIT = "CALL backup_wait(1, '0 s')"
 READ = "SELECT FROM dbmodule.{}"
-TABLES = ("backup", "backup_dependency", "job", "lineage", "event", "chain")
+TABLES = (
+    "backup",
+    "backup_dependency",
+    "backup_relation",
+    "corrupt_page",
+    "job",
+    "lineage",
+    "event",
+    "chain",
+)
 WRITES = (
     "INSERT INTO dbmodule.job (type) VALUES ('full')",
     "UPDATE dbmodule.job SET state = 'queued'",

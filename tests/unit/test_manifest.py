@@ -22,7 +22,13 @@ text = st.text(st.characters() | st.characters(min_codepoint=0xDC80, max_codepoi
 lsn = st.integers(0, 2**64 - 1).map(Lsn)
 count = st.integers(0, 2**63)
 corruption = st.builds(
-    Corruption, text, count, lsn, count, count, last_good=st.none() | st.just(backup_id(3, BackupType.FULL))
+    Corruption,
+    text,
+    count,
+    lsn,
+    count,
+    count,
+    last_good=st.none() | st.just(backup_id(3, BackupType.FULL)),
 )
 mark = st.builds(Mark, text, count, text, count, count)
 when = st.datetimes(min_value=datetime(2000, 1, 1), timezones=st.just(UTC))
