@@ -101,7 +101,7 @@ def test_a_corrupt_page_is_told_everywhere_and_its_good_copy_named(site: Site) -
 def test_a_corrupt_page_is_never_taken_for_an_unchanged_one(
     make_site: SiteFactory, pg_major: int, detect: str
 ) -> None:
-    """Each later backup looks again: it stays told while it is there, and is mended once it is not."""
+    """Each later backup looks again: it is told while it is there, and mended once it is not."""
     if detect == "wal" and pg_major < 17:
         settings, used = {}, "scan"
     else:

@@ -12,7 +12,7 @@ import pytest
 
 from dbmodule import wal
 from dbmodule.errors import DbmoduleError, ServerError, SourceError, WrongClusterError
-from dbmodule.ident import BackupType, parse_lsn
+from dbmodule.ident import BackupId, BackupType, parse_lsn
 from dbmodule.reports import BackupOptions, BackupReport
 from tests import oracles
 from tests.fix_backup import Site, SiteFactory
@@ -119,7 +119,7 @@ def test_a_relation_that_turns_out_to_be_unlogged(shared: Site) -> None:
 
         report = backup_when(shared, "copy", finish)
     path = shared.cluster.scalar("SELECT pg_relation_filepath('built')")
-    manifest = shared.repository().manifests("main")[report.backup_id]
+    manifest = shared.repository().manifests("main")[BackupId(report.backup_id)]
     assert manifest.late_unlogged == (path,)
     copy = shared.start_copy(report.backup_id)
     assert copy.query("SELECT count(*) FROM brief") == [(0,)]
@@ -127,7 +127,7 @@ def test_a_relation_that_turns_out_to_be_unlogged(shared: Site) -> None:
     assert copy.query("SELECT i FROM brief WHERE held(i) = 7") == [(7,)]
     copy.stop()
     diff = shared.diff()
-    assert path not in shared.repository().manifests("main")[diff.backup_id].late_unlogged
+    assert path not in shared.repository().manifests("main")[BackupId(diff.backup_id)].late_unlogged
     shared.start_copy(diff.backup_id).stop()
     shared.cluster.execute("DROP TABLE brief")
 
