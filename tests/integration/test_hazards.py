@@ -139,10 +139,12 @@ def cut_and_extended(site: Site) -> None:
     """Cut to nothing, then extended by pages of which the last stay zero."""
     run("DELETE FROM zeroed; VACUUM zeroed; CHECKPOINT", site)
     if site.cluster.major >= 16:
-        with psycopg.connect(site.cluster.dsn(), autocommit=True) as session:
-            with session.cursor().copy("COPY zeroed (i, filler) FROM STDIN") as copy:
-                for number in range(700):
-                    copy.write_row((number, "z" * 600))
+        with (
+            psycopg.connect(site.cluster.dsn(), autocommit=True) as session,
+            session.cursor().copy("COPY zeroed (i, filler) FROM STDIN") as copy,
+        ):
+            for number in range(700):
+                copy.write_row((number, "z" * 600))
     else:
         extended_and_crashed(site)
     run("CHECKPOINT", site)
