@@ -310,9 +310,11 @@ def test_moved_rewritten_and_reused_files_are_found(make_site: SiteFactory, pg_m
     judge_stopped(site, tablespaces={str(elsewhere): elsewhere})
 
 
-def test_long_chains_without_checksums_bear_hint_bits(make_site: SiteFactory) -> None:
+def test_long_chains_without_checksums_bear_hint_bits(
+    make_site: SiteFactory, pg_major: int
+) -> None:
     """Six incrementals on a cluster where hint bits change pages and nothing tells of it."""
-    site = make_site(17, checksums=False, settings=QUIET | {"wal_log_hints": "off"})
+    site = make_site(pg_major, checksums=False, settings=QUIET | {"wal_log_hints": "off"})
     run(site.cluster, table_of_pages("chained", 60) + "CHECKPOINT")
     site.full()
     expected = {}
@@ -335,12 +337,12 @@ def test_long_chains_without_checksums_bear_hint_bits(make_site: SiteFactory) ->
         assert oracles.server_oracle(copy) == []
 
 
-def test_checksums_switched_offline(make_site: SiteFactory) -> None:
+def test_checksums_switched_offline(make_site: SiteFactory, pg_major: int) -> None:
     """Other checksums than the baseline's: content. Off and on again: marks tell all.
 
     Seen to fail when the baseline's checksum state was not compared.
     """
-    site = make_site(18, settings=QUIET)
+    site = make_site(pg_major, settings=QUIET)
     run(site.cluster, table_of_pages("kept", 50) + "DELETE FROM kept WHERE i % 9 = 0; CHECKPOINT")
     site.full()
 
@@ -368,13 +370,13 @@ def test_checksums_switched_offline(make_site: SiteFactory) -> None:
     assert (incr.detector, diff.detector) == ("scan", "scan")
 
 
-def test_pages_without_a_real_lsn_stay_right(make_site: SiteFactory) -> None:
+def test_pages_without_a_real_lsn_stay_right(make_site: SiteFactory, pg_major: int) -> None:
     """A bulk load that was not logged leaves LSN 0: such a file is compared by content for good.
 
     Seen to fail when an LSN below one WAL segment counted as any other.
     """
     # Without checksums, since a hint bit would log the page and give it an LSN.
-    site = make_site(15, checksums=False, settings=QUIET | {"wal_log_hints": "off"})
+    site = make_site(pg_major, checksums=False, settings=QUIET | {"wal_log_hints": "off"})
     unlogged = {"wal_level": "minimal", "max_wal_senders": "0", "wal_skip_threshold": "0"}
     site.cluster.stop("fast")
     site.cluster.start(unlogged)
@@ -405,12 +407,12 @@ def test_pages_without_a_real_lsn_stay_right(make_site: SiteFactory) -> None:
 # -- ancestry ---------------------------------------------------------------------------------
 
 
-def test_without_lineage_marks_content_is_compared(make_site: SiteFactory) -> None:
+def test_without_lineage_marks_content_is_compared(make_site: SiteFactory, pg_major: int) -> None:
     """Marks deleted, or no extension to hold them: content, with the reason; scan is refused.
 
     Seen to fail when every baseline counted as proven.
     """
-    site = make_site(settings=QUIET)
+    site = make_site(pg_major, settings=QUIET)
     run(site.cluster, table_of_pages("kept", 40) + "CREATE DATABASE plain; CHECKPOINT")
     site.full()
     run(site.cluster, "UPDATE kept SET i = -i WHERE i < 9")
@@ -440,13 +442,15 @@ def copy_directory(source: Path, target: Path) -> None:
     subprocess.run(["cp", "-a", source, target], check=True)
 
 
-def test_a_directory_put_back_to_an_older_state_is_no_ancestor(make_site: SiteFactory) -> None:
+def test_a_directory_put_back_to_an_older_state_is_no_ancestor(
+    make_site: SiteFactory, pg_major: int
+) -> None:
     """The same timeline runs twice, and its LSN passes the baseline's start the second time.
 
     Seen to fail when every baseline counted as proven, and when a start before the baseline's
     stop was allowed.
     """
-    site = make_site(17, settings=QUIET)
+    site = make_site(pg_major, settings=QUIET)
     cluster = site.cluster
     run(cluster, table_of_pages("rerun", 40))
     cluster.stop("fast")
@@ -478,12 +482,14 @@ def test_a_directory_put_back_to_an_older_state_is_no_ancestor(make_site: SiteFa
     assert (incr.detector, diff.detector) == ("scan", "content")
 
 
-def test_a_promoted_copy_builds_on_what_is_in_its_history_only(make_site: SiteFactory) -> None:
+def test_a_promoted_copy_builds_on_what_is_in_its_history_only(
+    make_site: SiteFactory, pg_major: int
+) -> None:
     """A baseline counts for a new timeline as far as that shares the baseline's past.
 
     Seen to fail when timeline histories were not compared.
     """
-    site = make_site(18, settings=QUIET)
+    site = make_site(pg_major, settings=QUIET)
     run(site.cluster, table_of_pages("shared", 40))
     full = site.full()
     run(site.cluster, "UPDATE shared SET i = -i WHERE i % 9 = 0")
