@@ -108,6 +108,13 @@ def put_page(path: Path, block: int, content: bytearray, *, sums: bool, at: int 
         file.write(content)
 
 
+def without_header(path: Path, block: int) -> bytearray:
+    """A page as an access method with a layout of its own may write it."""
+    content = read_page(path, block)
+    content[18:20] = b"\xff\xff"
+    return content
+
+
 def tamper(site: Site, files: dict[str, Path], *, sums: bool) -> int:
     """Change files in every way that leaves page LSNs old; gives how many pages now diverge."""
     old = read_page(files["plain"], 7)
@@ -125,6 +132,10 @@ def tamper(site: Site, files: dict[str, Path], *, sums: bool) -> int:
         os.truncate(files["regrown"], 4 * PAGE_SIZE)
         os.truncate(files["regrown"], 6 * PAGE_SIZE)
         put_page(files["regrown"], 5, old, sums=sums)
+    with unnoticed(files["headless"]):
+        own = read_page(files["headless"], 6)
+        own[5000] ^= 8
+        put_page(files["headless"], 6, own, sums=sums)
     swap = files["one"].with_name("swap")
     for a, b in (("one", swap), ("two", files["one"]), (swap, files["two"])):
         os.rename(files[a] if isinstance(a, str) else a, b)
@@ -153,12 +164,9 @@ def tamper(site: Site, files: dict[str, Path], *, sums: bool) -> int:
     return 4 + 1 + 1 + sum(int((~page.all_zero(content)).sum()) for content in swapped)
 
 
-@pytest.mark.parametrize(
-    ("major", "detect", "sums"),
-    [(15, "scan", False), (17, "content", True), (18, "scan", True)],
-)
+@pytest.mark.parametrize(("detect", "sums"), [("scan", False), ("scan", True), ("content", True)])
 def test_changes_that_leave_no_newer_lsn_are_found(
-    make_site: SiteFactory, major: int, detect: str, sums: bool
+    make_site: SiteFactory, pg_major: int, detect: str, sums: bool
 ) -> None:
     """Bytes of a stopped cluster change in every way, and its files' times are put back.
 
@@ -167,10 +175,10 @@ def test_changes_that_leave_no_newer_lsn_are_found(
     when a zero page counted as unchanged, when ``_fsm`` and ``_vm`` were compared by page marks,
     and when block numbers began anew in each segment.
     """
-    site = make_site(major, checksums=sums, settings=QUIET | {"wal_log_hints": "on"})
+    site = make_site(pg_major, checksums=sums, settings=QUIET | {"wal_log_hints": "on"})
     sizes = {
         **{"plain": 200, "zeroes": 8, "shrunk": 10, "regrown": 6, "one": 9, "two": 9},
-        **{"vanished": 5, "torn_end": 5, "mapped": 80},
+        **{"vanished": 5, "torn_end": 5, "mapped": 80, "headless": 12},
     }
     run(site.cluster, "".join(table_of_pages(name, pages) for name, pages in sizes.items()))
     run(site.cluster, "DELETE FROM mapped WHERE i % 9 = 0; VACUUM; CHECKPOINT")
@@ -182,9 +190,13 @@ def test_changes_that_leave_no_newer_lsn_are_found(
     site.cluster.stop("fast")
     shutil.copyfile(files["vanished"], files["vanishing copy"])
     os.truncate(files["zeroes"], 12 * PAGE_SIZE)
+    for block in range(12):
+        put_page(files["headless"], block, without_header(files["headless"], block), sums=sums)
     site.cluster.start()
     let_files_age(site)
     full = site.full()
+    headless = str(files["headless"].relative_to(site.cluster.datadir))
+    assert view_of(site, full.backup_id).files[headless].kind is EntryKind.CONTENT
     run(site.cluster, "UPDATE plain SET i = -i WHERE i = 70")
     site.incr()
     site.cluster.stop("fast")
