@@ -59,7 +59,10 @@ class Offline(Run):
                 hint="Start the server and stop it again with pg_ctl stop -m fast.",
             )
         if control.block_size != PAGE_SIZE:
-            raise RefusedError(f"the block size is {control.block_size}, only 8192 is supported")
+            raise RefusedError(
+                f"the block size is {control.block_size}, only 8192 is supported",
+                hint="Use pg_basebackup for this server.",
+            )
 
     def _identity(self, control: ControlFile) -> ServerIdentity:
         text = (self.env.directory.read("PG_VERSION") or b"").decode("ascii", "replace").strip()

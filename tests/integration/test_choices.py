@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import crc32c
 import pytest
 
+from dbmodule import controlfile
 from dbmodule.errors import BrokenChainError
 from dbmodule.manifest import Manifest
 from dbmodule.repository.repository import Repository
@@ -150,3 +153,27 @@ def test_the_way_out_is_not_taken_where_it_is_not_needed(shared: Site) -> None:
     shared.full()
     code, report = dbmodule(shared, "backup", "incr", "--fallback", "full")
     assert (code, report["type"]) == (0, "incr")
+
+
+def test_another_block_size_is_refused(make_site: SiteFactory, pg_major: int) -> None:
+    """No server here has one, so the control file says so, with its right CRC."""
+    site = make_site(pg_major)
+    site.full()
+    site.cluster.stop("fast")
+    path = site.cluster.datadir / "global" / "pg_control"
+    content = bytearray(path.read_bytes())
+    kept = bytes(content)
+    at = content.index(struct.pack("<II", 8192, 131072))
+    struct.pack_into("<I", content, at, 16384)
+    crc_at = controlfile._CRC_OFFSETS[struct.unpack_from("<I", content, 8)[0]]
+    struct.pack_into("<I", content, crc_at, crc32c.crc32c(bytes(content[:crc_at])))
+    path.write_bytes(content)
+    before = stored(site)
+    for kind in ("full", "diff"):
+        code, refused = dbmodule(site, "backup", kind, "--offline")
+        assert code == 4
+        assert "block size is 16384" in refused["error"]["message"]
+        assert refused["error"]["hint"]
+    assert stored(site) == before
+    path.write_bytes(kept)
+    assert dbmodule(site, "backup", "diff", "--offline")[0] == 0
