@@ -135,29 +135,35 @@ def test_a_slow_summariser_is_waited_for(
 # -- agreement with the other detectors -----------------------------------------------------------
 
 
-def all_detectors(frozen: Frozen, baseline: BackupId) -> Iterator[tuple[str, Path]]:
+def restored_by(frozen: Frozen, baseline: BackupId) -> Iterator[tuple[str, Path]]:
     """The same bytes, backed up and restored with each detector."""
     for detect in ("content", "scan", "wal"):
+        if detect == "wal" and frozen.site.cluster.major < 17:
+            continue
         manifest = frozen.back_up(BackupType.INCR, detect, baseline)
         assert manifest.detector == detect, manifest.detector_reason
         yield detect, frozen.site.restore(manifest.backup_id)
 
 
-@with_summaries
-@pytest.mark.parametrize("seed", [1, 2])
-def test_all_three_restore_the_same_bytes(make_site: SiteFactory, major: int, seed: int) -> None:
-    site = make_site(major, settings=SUMMARIZING | ddl.SETTINGS)
+@pytest.mark.parametrize(("seed", "sums"), [(1, True), (2, True), (3, False)])
+def test_all_detectors_restore_the_same_bytes(
+    make_site: SiteFactory, pg_major: int, seed: int, sums: bool
+) -> None:
+    """Without checksums the server changes hint bits and tells nobody: there, all but those."""
+    settings = SUMMARIZING if pg_major >= 17 else {}
+    site = make_site(
+        pg_major, checksums=sums, settings=settings | ddl.SETTINGS | {"wal_log_hints": "off"}
+    )
     rng = random.Random(seed)
     ddl.prepare(site.cluster)
     baseline = BackupId(site.full().backup_id)
     for _ in range(2):
         ddl.run_at_random(site.cluster, rng, 25)
         frozen = freeze(site)
-        differences = {
-            detect: oracles.byte_oracle(restored, frozen.path)
-            for detect, restored in all_detectors(frozen, baseline)
-        }
-        assert differences == {"content": [], "scan": [], "wal": []}
+        for detect, restored in restored_by(frozen, baseline):
+            # What is compared by content is equal to the last bit.
+            hints = sums or detect == "content"
+            assert oracles.byte_oracle(restored, frozen.path, hints=hints) == [], detect
         baseline = BackupId(site.incr().backup_id)
 
 
