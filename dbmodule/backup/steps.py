@@ -285,7 +285,8 @@ class Run(ABC):
                     )
                 except summaries.NoSummariesError as error:
                     chosen.view.detector = "scan"
-                    return chosen.view, "scan", str(error) if wait else "summarize_wal is off"
+                    off = not (wait or self.options.offline)
+                    return chosen.view, "scan", "summarize_wal is off" if off else str(error)
         return chosen.view, chosen.detector, chosen.reason
 
     # -- the whole -----------------------------------------------------------------------------
