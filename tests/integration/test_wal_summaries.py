@@ -74,7 +74,7 @@ def test_asked_for_and_not_there_the_scan_takes_over_and_says_why(make_site: Sit
     for detect in ("auto", "wal"):
         report = site.diff(detect=detect)
         assert report.detector == "scan"
-        assert "WAL summaries of timeline 1 reach" in report.detector_reason
+        assert report.detector_reason == "summarize_wal is off"
     restored_as_source(site, report)
 
 
