@@ -233,7 +233,7 @@ class App:
     # -- parts ----------------------------------------------------------------------------------
 
     def _repository(self, *, dry: bool = False) -> Repository:
-        store = open_store(self._config.repository.url)
+        store = open_store(self._config.repository.url, self._config.repository.options)
         return Repository.open(DryStore(store) if dry else store)
 
     def _manifests(self) -> Mapping[BackupId, Manifest]:

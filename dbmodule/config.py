@@ -81,7 +81,12 @@ class ServerSection(_Section):
 class RepositorySection(_Section):
     """Where backups are kept."""
 
-    url: str = Field(min_length=1, description="A path or file:///path.")
+    url: str = Field(min_length=1, description="A path, s3://bucket/prefix, gs://… or az://….")
+    options: dict[str, str] = Field(
+        default_factory=dict,
+        repr=False,
+        description="Of an object store: endpoint, region and so on.",
+    )
     cluster: str = Field(
         default="main",
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$",
@@ -196,6 +201,9 @@ def _toml_value(value: object) -> str:
     """A TOML literal. A JSON string is a TOML basic string, but that TOML escapes DEL too."""
     if isinstance(value, int | float):
         return repr(value)
+    if isinstance(value, dict):
+        pairs = (f"{_toml_value(key)} = {_toml_value(item)}" for key, item in value.items())
+        return f"{{ {', '.join(pairs)} }}" if value else "{}"
     text = "" if value is None else str(value)
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 

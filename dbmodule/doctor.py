@@ -20,6 +20,7 @@ from dbmodule.postgres.server import PsycopgServer
 from dbmodule.reports import CheckReport, Finding
 from dbmodule.repository.repository import Repository
 from dbmodule.storage import open_store
+from dbmodule.storage.probe import check_exclusive
 
 _ORDER = ("ok", "warning", "error")
 
@@ -117,9 +118,10 @@ def _directory(root: Path, identity: ServerIdentity) -> Iterator[Finding]:
 
 
 def _repository(config: Config) -> Iterator[Finding]:
-    store = open_store(config.repository.url)
+    store = open_store(config.repository.url, config.repository.options)
     repository = Repository.open(store)
     backups = repository.backup_ids(config.repository.cluster)
+    check_exclusive(store)
     yield Finding("repository", "ok", f"{store.url}, {len(backups)} backups of this cluster")
 
 

@@ -20,6 +20,7 @@ from dbmodule.postgres.server import PsycopgServer
 from dbmodule.reports import Finding, InitReport
 from dbmodule.repository.repository import Repository
 from dbmodule.storage import local_path, open_store
+from dbmodule.storage.probe import check_exclusive
 
 
 def init(config: Config, *, config_path: Path, with_extension: bool) -> InitReport:
@@ -36,7 +37,8 @@ def init(config: Config, *, config_path: Path, with_extension: bool) -> InitRepo
             update={"server": config.server.model_copy(update={"pgdata": pgdata})}
         )
     keep_apart(config.repository.url, config.server.pgdata or Path(identity.data_directory))
-    store = open_store(config.repository.url)
+    store = open_store(config.repository.url, config.repository.options)
+    check_exclusive(store)
     created = True
     try:
         repository = Repository.create(store)

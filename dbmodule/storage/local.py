@@ -18,6 +18,7 @@ from dbmodule.errors import ObjectExistsError, ObjectMissingError, RepositoryErr
 from dbmodule.ports import Buffer
 from dbmodule.storage import durable
 from dbmodule.storage.names import TEMPORARY, check_name, check_prefix, clip, is_segment
+from dbmodule.storage.source import Source
 
 _NO_HARD_LINKS = (
     "The files are immutable, or the file system knows no hard links, which the repository needs "
@@ -52,16 +53,16 @@ class LocalStore:
 
     def put_new(self, name: str, chunks: Iterable[Buffer]) -> int:
         path = self._path(name)
-        iterator = _Source(chunks)
+        source = Source(chunks)
         try:
             self._prepare_directory(path.parent)
-            return durable.write_new(path, iterator, temporary=self._temporary)
+            return durable.write_new(path, source, temporary=self._temporary)
         except FileExistsError as error:
-            if iterator.failed:
+            if source.failed:
                 raise
             raise ObjectExistsError(f"object already exists: {path}") from error
         except OSError as error:
-            if iterator.failed:
+            if source.failed:
                 raise
             raise _failure("write", path, error) from error
 
@@ -153,22 +154,6 @@ class LocalStore:
             f"no repository at {self._root}: the directory does not exist",
             hint="Mount it if it is on another file system, or run `dbmodule init` to create one.",
         )
-
-
-class _Source:
-    """The caller's chunks, remembering whether it was they that failed and not the store."""
-
-    def __init__(self, chunks: Iterable[Buffer]) -> None:
-        self._chunks = chunks
-        self.failed = False
-
-    def __iter__(self) -> Iterator[Buffer]:
-        self.failed = True
-        for chunk in self._chunks:
-            self.failed = False
-            yield chunk
-            self.failed = True
-        self.failed = False
 
 
 def _read(fd: int, start: int, stop: int) -> bytes:

@@ -27,15 +27,16 @@ from dbmodule.errors import (
 from dbmodule.ports import ObjectStore
 from dbmodule.storage import LocalStore, MemoryStore, open_store
 
-STORES: dict[str, Callable[[Path], ObjectStore]] = {
-    "local": lambda path: LocalStore(path / "repository"),
-    "memory": lambda path: MemoryStore(),
+STORES: dict[str, Callable[[pytest.FixtureRequest, Path], ObjectStore]] = {
+    "local": lambda request, path: LocalStore(path / "repository"),
+    "memory": lambda request, path: MemoryStore(),
+    "s3": lambda request, path: request.getfixturevalue("s3").store(),
 }
 
 
 @pytest.fixture(params=sorted(STORES))
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
-    return STORES[request.param](tmp_path)
+    return STORES[request.param](request, tmp_path)
 
 
 @pytest.fixture

@@ -91,7 +91,7 @@ def test_the_search_for_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     [
         ("", "repository.url is not set", "dbmodule init"),
         ("x = ", "is not valid TOML", "Correct"),
-        (MINIMAL + "urll = 1", "repository.urll: unknown key", "url, cluster"),
+        (MINIMAL + "urll = 1", "repository.urll: unknown key", "url, options, cluster"),
         ('[repo]\nurl = "/x"', "repo: unknown section", "server, repository"),
         ("repository = 3", "repository: must be a table", ""),
         ("[repository]\nurl = 3", "repository.url: input should be a valid string", ""),
@@ -225,3 +225,17 @@ def test_every_key_is_documented() -> None:
         for key in field.annotation.model_fields:
             assert f"`{key}`" in page, f"{section}.{key}"
             assert f"`DBMODULE_{section.upper()}__{key.upper()}`" in page
+
+
+def test_options_of_an_object_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "dbmodule.toml"
+    path.write_text(
+        '[repository]\nurl = "s3://b/p"\noptions = { region = "x", endpoint = "\'y" }\n'
+    )
+    config = load_config(path)
+    assert config.repository.options == {"region": "x", "endpoint": "'y"}
+    assert "'y" not in repr(config)
+    path.write_text(render_toml(config))
+    assert load_config(path) == config
+    monkeypatch.setenv("DBMODULE_REPOSITORY__OPTIONS__ENDPOINT", "http://localhost")
+    assert load_config(path).repository.options == {"endpoint": "http://localhost"}
