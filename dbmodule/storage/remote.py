@@ -4,7 +4,10 @@ An object is created by one conditional request (``If-None-Match: *`` on S3), so
 writers of a name one wins. A request whose answer was lost is sent again, and may then meet the
 object that it has made itself: so each carries a random token, by which the writer knows its own.
 Objects too large for one request are sent in parts under ``tmp/``, which no name reaches, and then
-copied to their name on the same condition. Safe to use from many threads and processes at once.
+copied to their name on the same condition. Not every server checks that condition as strictly as
+the one on a single request (SeaweedFS lets two of six racing copies win), so nothing that writers
+contend for may be longer than `SINGLE_PUT`: manifests and bindings are far shorter, and packs are
+named by their content. Safe to use from many threads and processes at once.
 """
 
 from __future__ import annotations
