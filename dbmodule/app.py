@@ -15,11 +15,12 @@ from dbmodule import doctor, listing, setup, verify
 from dbmodule.agent import Agent, AgentTiming
 from dbmodule.backup.run import take_backup
 from dbmodule.backup.steps import Environment, read_control_file
+from dbmodule.backup.synthetic import synthesize
 from dbmodule.catalog import SqlCatalog, SqlJobQueue
 from dbmodule.config import Config
 from dbmodule.corruption import last_good
 from dbmodule.datafile import CONTROL_FILE, tablespace_version_directory
-from dbmodule.errors import UsageError
+from dbmodule.errors import ServerError, UsageError
 from dbmodule.ident import BackupId
 from dbmodule.manifest import Manifest
 from dbmodule.notify import open_listener
@@ -204,6 +205,28 @@ class App:
             cancelled=cancelled,
         )
 
+    def synthesize(
+        self,
+        backup: str,
+        *,
+        progress: Progress = no_progress,
+        cancelled: Cancelled = never_cancelled,
+    ) -> BackupReport:
+        """Make a full of a backup and its chain, without the server; raises a `DbmoduleError`."""
+        repository = self._repository()
+        settings = self._config.repository
+        manifests, unreadable = repository.readable_manifests(settings.cluster)
+        manifest = synthesize(
+            repository,
+            self._catalog_if_reachable(),
+            settings.cluster,
+            listing.resolve(manifests, backup, unreadable),
+            compression_level=settings.compression_level,
+            progress=progress,
+            cancelled=cancelled,
+        )
+        return listing.to_report(manifest)
+
     # -- agent ----------------------------------------------------------------------------------
 
     def run_agent(self, *, stop: threading.Event) -> None:
@@ -235,6 +258,15 @@ class App:
     def _repository(self, *, dry: bool = False) -> Repository:
         store = open_store(self._config.repository.url, self._config.repository.options)
         return Repository.open(DryStore(store) if dry else store)
+
+    def _catalog_if_reachable(self) -> SqlCatalog | None:
+        """For work inside the repository, which goes on when the database is lost."""
+        dsn = self._config.server.dsn
+        try:
+            return SqlCatalog(dsn) if extension.is_installed(dsn) else None
+        except ServerError as error:
+            log.warning("the SQL catalog will not be told: %s", error)
+            return None
 
     def _manifests(self) -> Mapping[BackupId, Manifest]:
         """Those that can be read; of the others the log says so, and `verify` what is wrong."""

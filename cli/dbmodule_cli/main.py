@@ -30,6 +30,7 @@ _COMMANDS = (
     "show",
     "restore",
     "verify",
+    "synthesize",
     "agent",
     "extension",
     "demo",

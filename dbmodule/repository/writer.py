@@ -166,13 +166,17 @@ class FrameWriter:
             return None
         # Not the index's own words: its sizes may be wrong, and a footer that was at hand already
         # was not found by them.
-        pack = PackRef(footer.pack, footer.object_size, footer.length)
+        ordinal = self.refer(PackRef(footer.pack, footer.object_size, footer.length))
+        return ordinal, hit.frame, 0 if whole else hit.slot
+
+    def refer(self, pack: PackRef) -> int:
+        """The row in this backup's pack table of a pack that an earlier one wrote."""
         with self._lock:
             ordinal = self._ordinals.get(pack.pack)
             if ordinal is None:
                 ordinal = self._ordinals[pack.pack] = len(self._packs)
                 self._packs.append(pack)
-        return ordinal, hit.frame, 0 if whole else hit.slot
+        return ordinal
 
     # -- packs ----------------------------------------------------------------------------------
 

@@ -123,6 +123,7 @@ def default_answers() -> dict[str, Any]:
             phases={"plan": 0.5, "write": 3.0},
         ),
         "verify": VerifyReport("sound", [FULL], 12, 1 << 20, [], 0.5),
+        "synthesize": backup_report(detector="synthetic", detector_reason="made of a chain"),
         "run_agent": None,
         "install_extension": ["copied dbmodule.control", "created the extension"],
     }
@@ -169,6 +170,10 @@ class App:
 
     def verify(self, backup: str | None, *, progress: Any, cancelled: Any) -> Any:
         return self._answer("verify", backup=backup)
+
+    def synthesize(self, backup: str, *, progress: Any, cancelled: Any) -> Any:
+        progress("fold", 1, 2)
+        return self._answer("synthesize", backup=backup)
 
     def run_agent(self, *, stop: Any) -> Any:
         return self._answer("run_agent", stop=stop)

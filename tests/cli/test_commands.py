@@ -25,6 +25,7 @@ COMMANDS = {
     "show": ["show", DIFF],
     "restore": ["restore", "--target", "restored"],
     "verify": ["verify"],
+    "synthesize": ["synthesize", DIFF],
     "run_agent": ["agent"],
     "install_extension": ["extension", "install"],
 }
