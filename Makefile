@@ -2,6 +2,8 @@
 BIN := .venv/bin
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+# Each worker has servers of its own; more than a few would only wait for the disk.
+TEST_JOBS ?= -n auto --maxprocesses=4 --dist=worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all soak check clean
@@ -15,11 +17,11 @@ demo: ## back up, change, back up again and restore an embedded PostgreSQL 18
 
 test: ## run all tests on PostgreSQL 15, 17 and 18 (PYTEST_ARGS="--pg 18 -k name")
 	@scripts/bootstrap test
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest $(TEST_JOBS) $(PYTEST_ARGS)
 
 test-all: ## run all tests in every configuration of the servers
 	@scripts/bootstrap test
-	@$(BIN)/python -m pytest --matrix full $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest $(TEST_JOBS) --matrix full $(PYTEST_ARGS)
 
 soak: ## backups under load, each restored and judged (MINUTES=20 SEED=1 PG=18)
 	@scripts/bootstrap test
