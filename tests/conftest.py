@@ -2,4 +2,10 @@
 
 from __future__ import annotations
 
-pytest_plugins = ["tests.fix_ci", "tests.fix_cluster", "tests.fix_backup", "tests.fix_s3"]
+pytest_plugins = [
+    "tests.fix_ci",
+    "tests.fix_cluster",
+    "tests.fix_backup",
+    "tests.fix_s3",
+    "tests.fix_azure",
+]

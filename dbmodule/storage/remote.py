@@ -59,7 +59,6 @@ _PAUSES = (0.2, 1.0, 5.0)
 
 # The client's NotFoundError is a FileNotFoundError, and nothing else.
 _CLIENT_ERRORS = (exceptions.BaseError, FileNotFoundError)
-_BEHIND_THE_END = ("InvalidRange", "416")
 _CREDENTIALS = (
     "Check the credentials: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or those of Google or "
     "Azure) in the environment of dbmodule and its agent."
@@ -110,7 +109,7 @@ class RemoteStore:
             try:
                 return bytes(obstore.get(self._backend, name, options=options).bytes())
             except _CLIENT_ERRORS as error:
-                if _code(error) not in _BEHIND_THE_END:
+                if not _is_behind_the_end(error):
                     raise
             return self._nothing_of(name)
 
@@ -188,7 +187,8 @@ class RemoteStore:
             try:
                 return request()
             except _CLIENT_ERRORS as error:
-                pause = None if _code(error) else next(pauses, None)
+                answered = _code(error) or isinstance(error, FileNotFoundError)
+                pause = None if answered else next(pauses, None)
                 if pause is None:
                     raise self._failure(action, name, error) from error
                 time.sleep(pause)
@@ -246,6 +246,14 @@ def _code(error: Exception) -> str:
         if found := re.search(pattern, str(error)):
             return found[1]
     return ""
+
+
+def _is_behind_the_end(error: Exception) -> bool:
+    """Was a range asked for that begins at the object's end or later?
+
+    Some servers refuse it (S3: InvalidRange); others send what there is, which the client refuses.
+    """
+    return _code(error) in ("InvalidRange", "416") or "Wanted range starting at" in str(error)
 
 
 def _reason(error: Exception) -> str:

@@ -31,6 +31,7 @@ STORES: dict[str, Callable[[pytest.FixtureRequest, Path], ObjectStore]] = {
     "local": lambda request, path: LocalStore(path / "repository"),
     "memory": lambda request, path: MemoryStore(),
     "s3": lambda request, path: request.getfixturevalue("s3").store(),
+    "azure": lambda request, path: request.getfixturevalue("azure").store(),
 }
 
 
@@ -136,8 +137,8 @@ def test_list_is_ascending_and_by_string_prefix(store: ObjectStore) -> None:
 
 def test_thousands_of_names_are_listed(store: ObjectStore) -> None:
     names = [f"packs/{i % 7:02x}/{i:06d}" for i in range(2500)]
-    for name in names:
-        store.put_new(name, [b"."])
+    with ThreadPoolExecutor(16) as pool:
+        assert set(pool.map(lambda name: store.put_new(name, [b"."]), names)) == {1}
     assert list(store.list("packs/")) == sorted(names)
     assert len(list(store.list("packs/03/"))) == len([i for i in range(2500) if i % 7 == 3])
 

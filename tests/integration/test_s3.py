@@ -21,6 +21,7 @@ from dbmodule.storage.probe import check_exclusive
 from tests import ddl, oracles
 from tests.fault import proxy as faults
 from tests.fault.proxy import Exchange, Proxy
+from tests.fix_azure import Azure
 from tests.fix_backup import SiteFactory
 from tests.fix_s3 import BUCKET, S3
 
@@ -106,6 +107,13 @@ def test_what_does_not_pass_is_said_at_once(
     assert time.monotonic() - before < 10
 
 
+def test_a_wrong_key_for_azure_is_said(azure: Azure) -> None:
+    with pytest.raises(RepositoryError) as failure:
+        azure.store(account_key="bm90IHRoZSBrZXk=").put_new("a", [b"x"])
+    assert "credentials" in failure.value.hint
+    assert "bm90IHRoZSBrZXk" not in f"{failure.value.message}{failure.value.hint}"
+
+
 def test_wrong_keys_and_missing_buckets_are_told_apart(s3: S3) -> None:
     wrong = s3.store(secret_access_key="not-the-secret")
     missing = open_store("s3://no-such-bucket/x", s3.options())
@@ -168,10 +176,10 @@ def test_backups_and_restores_bear_a_bad_network(
 # --- objects of many parts -----------------------------------------------------------------------
 
 
-@pytest.fixture
-def in_parts(s3: S3) -> RemoteStore:
+@pytest.fixture(params=["s3", "azure"])
+def in_parts(request: pytest.FixtureRequest) -> RemoteStore:
     """A store that sends in parts what is longer than 1 MB."""
-    store = s3.store()
+    store = request.getfixturevalue(request.param).store()
     return RemoteStore(store._backend, store.url, single_put=1 << 20)
 
 
