@@ -128,16 +128,23 @@ class RelationCopy:
                 return np.ones(len(batch.numbers), np.bool_)
 
     def _changed_units(self, batch: Batch) -> NDArray[np.bool_]:
-        """Which 32-page units are not, as a whole, what the baseline stored."""
+        """Which pages are not what the baseline stored, byte by byte.
+
+        A unit of 32 pages whose hash is the baseline's needs no more; of another, the baseline's
+        pages are fetched and compared.
+        """
         changed = np.ones(len(batch.numbers), np.bool_)
-        first_unit = int(batch.numbers[0]) // FRAME_PAGES
+        rows = np.frombuffer(batch.view, np.uint8).reshape(-1, PAGE_SIZE)
+        path, first_unit = self._result.path, int(batch.numbers[0]) // FRAME_PAGES
         for offset in range(0, len(changed), FRAME_PAGES):
-            unit = batch.view[offset * PAGE_SIZE : (offset + FRAME_PAGES) * PAGE_SIZE]
-            expected = self._baseline.unit_hash(
-                self._result.path, first_unit + offset // FRAME_PAGES
-            )
-            if expected is not None and self._frames.digest(unit) == expected:
+            unit, pages = first_unit + offset // FRAME_PAGES, rows[offset : offset + FRAME_PAGES]
+            expected = self._baseline.unit_hash(path, unit)
+            if expected is not None and self._frames.digest(pages.data) == expected:
                 changed[offset : offset + FRAME_PAGES] = False
+                continue
+            known = self._baseline.unit_pages(path, unit)[: len(pages)]
+            differ = (pages[: len(known)] != known).any(axis=1)
+            changed[offset : offset + len(known)] = differ
         return changed
 
     def _store(self, batch: Batch, changed: NDArray[np.bool_], zero: NDArray[np.bool_]) -> None:

@@ -6,13 +6,17 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dbmodule.backup.batch import Suspect
 from dbmodule.delta import Extents
-from dbmodule.ident import Lsn
+from dbmodule.ident import PAGE_SIZE, Lsn
 from dbmodule.registry import HASH, MARK, EntryFlag, EntryKind, FileIdentity, Hashes, Marks
 from dbmodule.repository.tables import FileEntry
 from dbmodule.walsummary import ChangedBlocks
+
+Pages = NDArray[np.uint8]
+"""Shape (pages, 8192)."""
 
 
 class BaselineView(Protocol):
@@ -40,6 +44,10 @@ class BaselineView(Protocol):
         """Hash of 32 aligned pages as the baseline has them, where it is known."""
         ...
 
+    def unit_pages(self, path: str, unit: int) -> Pages:
+        """The same pages themselves, read from the repository; fewer at the file's end."""
+        ...
+
 
 class NoBaseline:
     """The view of a full backup, which builds on nothing: no file has an entry."""
@@ -62,6 +70,9 @@ class NoBaseline:
 
     def unit_hash(self, path: str, unit: int) -> bytes | None:
         return None
+
+    def unit_pages(self, path: str, unit: int) -> Pages:
+        return np.empty((0, PAGE_SIZE), np.uint8)
 
 
 @dataclass(frozen=True, slots=True)
