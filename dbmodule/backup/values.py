@@ -114,7 +114,8 @@ class CopyResult:
 
     def flags(self) -> EntryFlag:
         flags = EntryFlag.NONE
-        if self.identity_valid:
+        # A file with a page that failed its checksum is looked at again every time.
+        if self.identity_valid and not self.suspects:
             flags |= EntryFlag.IDENTITY
         if self.overlay:
             flags |= EntryFlag.OVERLAY

@@ -8,6 +8,7 @@ leaves backup mode, drops the temporary slot and releases the lock by itself.
 from __future__ import annotations
 
 import secrets
+import time
 from typing import Any
 
 import psycopg
@@ -19,6 +20,8 @@ from dbmodule.ports import ServerIdentity, StoppedBackup
 
 LOWEST_VERSION = 150000
 BACKUP_LOCK = (0x64626D6F, 2)
+LOCK_SECONDS = 5.0
+"""A client that has gone keeps its lock until its backend has noticed, which may take a moment."""
 """Advisory lock of a running backup: "dbmo", 2. The agent's own is "dbmo", 1."""
 
 _TIMEOUTS = (
@@ -148,12 +151,14 @@ class PsycopgServer:
         )
 
     def lock(self) -> None:
-        taken = self._one("SELECT pg_try_advisory_lock(%s, %s)", BACKUP_LOCK)[0]
-        if not taken:
-            raise LockedError(
-                "another backup of this cluster is running",
-                hint="Wait until it has ended, then run this one again.",
-            )
+        deadline = time.monotonic() + LOCK_SECONDS
+        while not self._one("SELECT pg_try_advisory_lock(%s, %s)", BACKUP_LOCK)[0]:
+            if time.monotonic() > deadline:
+                raise LockedError(
+                    "another backup of this cluster is running",
+                    hint="Wait until it has ended, then run this one again.",
+                )
+            time.sleep(0.1)
 
     def reserve_wal(self) -> None:
         name = f"dbmodule_{secrets.token_hex(8)}"
