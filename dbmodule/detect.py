@@ -25,11 +25,24 @@ class Observed:
     """What the headers of a stretch of pages say; arrays of one element per page."""
 
     marks: Marks
-    """(LSN, checksum) as read; (0, 0) for pages of zero bytes."""
+    """As `marks_of`; (0, 0) for pages of zero bytes."""
     zero: NDArray[np.bool_]
     odd: NDArray[np.bool_]
     """Neither zero nor a page with a header and an LSN that could prove anything: the file has to
     be compared by content."""
+
+
+def marks_of(headers: NDArray[np.void]) -> Marks:
+    """(LSN, checksum) of pages, the bit for "all visible" mixed into the checksum.
+
+    Without checksums a vacuum sets that bit at an unchanged LSN. A copy that has it in the
+    visibility map but not in the page would never clear it there again, and index-only scans
+    would return rows that were deleted.
+    """
+    marks = np.empty(len(headers), MARK)
+    marks["lsn"] = page.lsns(headers)
+    marks["checksum"] = headers["checksum"] ^ (headers["flags"] & page.ALL_VISIBLE)
+    return marks
 
 
 def observe(buffer: Buffer, lowest_lsn: int) -> Observed:
@@ -39,9 +52,7 @@ def observe(buffer: Buffer, lowest_lsn: int) -> Observed:
     that was not logged, such as a bulk load under ``wal_level=minimal``, and proves nothing.
     """
     headers = page.headers(buffer)
-    marks = np.empty(len(headers), MARK)
-    marks["lsn"] = page.lsns(headers)
-    marks["checksum"] = headers["checksum"]
+    marks = marks_of(headers)
     zero = page.all_zero(buffer)
     odd = ~zero & (~page.looks_valid(headers) | (marks["lsn"] < lowest_lsn))
     return Observed(marks, zero, odd)
@@ -54,7 +65,7 @@ class PageChanges:
     """Older than the baseline, and yet not what the baseline stored."""
     hints: NDArray[np.bool_]
     """Of those, the ones that differ in nothing but the checksum: hint bits, if the baseline was
-    read from another copy of the cluster."""
+    read from another copy of the cluster, or if there are no checksums."""
 
 
 def compare_marks(seen: Observed, baseline: Marks, baseline_start: Lsn) -> PageChanges:

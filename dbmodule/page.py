@@ -34,6 +34,8 @@ PAGE_HEADER = np.dtype(
 )
 """The 24 bytes that open a page; ``pd_lsn`` is its two first fields, high half first."""
 
+ALL_VISIBLE = 0x0004
+"""The bit of ``pd_flags`` that vouches for the page's bit in the visibility map."""
 _LAYOUT_VERSION = 4
 _VALID_FLAGS = 0x0007
 _LANES = 32

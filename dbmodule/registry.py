@@ -2,9 +2,10 @@
 that a page did not change.
 
 Three kinds of fingerprints exist. A *page mark* is (LSN, checksum) of a relation page, as in the
-bytes that were stored. A *chunk hash* is the keyed BLAKE3 of 8 kB of a file that has no reliable
-LSN. A *file identity* is what ``fstat`` says. Only equality ever proves anything. A backup
-stores fingerprints of the blocks that it stored; folding a chain's gives the whole.
+bytes that were stored, with the "all visible" flag mixed in (`detect.marks_of`). A *chunk hash* is
+the keyed BLAKE3 of 8 kB of a file that has no reliable LSN. A *file identity* is what ``fstat``
+says. Only equality ever proves anything. A backup stores fingerprints of the blocks that it
+stored; folding a chain's gives the whole.
 """
 
 from __future__ import annotations

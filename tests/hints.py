@@ -2,6 +2,7 @@
 
 The same fields as PostgreSQL's own check of replay against the primary passes over
 (``wal_consistency_checking``): all of them can be found out again, so that nothing depends on them.
+Not so "all visible", which that check passes over, too: it vouches for the visibility map.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dbmodule.ident import PAGE_SIZE
 
 _HEADER = 24
 _FLAGS, _SPECIAL, _PRUNE_XID = 10, 16, 20
-_FREE_LINES, _FULL, _ALL_VISIBLE = 1, 2, 4
+_FREE_LINES, _FULL = 1, 2
 _NORMAL = 1
 _INFOMASK = 20
 _XACT_HINTS = 0x0100 | 0x0200 | 0x0400 | 0x0800  # xmin and xmax committed, or invalid
@@ -28,7 +29,7 @@ def masked(page: bytes) -> bytes:
     (special,) = struct.unpack_from("<H", out, _SPECIAL)
     if not _HEADER <= special <= PAGE_SIZE:
         return page
-    struct.pack_into("<H", out, _FLAGS, flags & ~(_FREE_LINES | _FULL | _ALL_VISIBLE))
+    struct.pack_into("<H", out, _FLAGS, flags & ~(_FREE_LINES | _FULL))
     struct.pack_into("<I", out, _PRUNE_XID, 0)
     if special < PAGE_SIZE:
         out[special:] = bytes(PAGE_SIZE - special)

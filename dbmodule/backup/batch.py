@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from dbmodule import detect, page
 from dbmodule.ident import PAGE_SIZE, Lsn
 from dbmodule.ports import SourceFile
-from dbmodule.registry import MARK, UNKNOWN_LSN, Marks
+from dbmodule.registry import UNKNOWN_LSN, Marks
 
 REREAD_SECONDS = (0.0, 0.001, 0.01, 0.05, 0.1, 0.2)
 """Pauses before a page that failed its checksum is read again: the server was writing it."""
@@ -94,14 +94,15 @@ class Batch:
             self._read_again(failed.tolist())
             failed = self._failures(blocks, checked)
         computed = page.compute_checksums(self.view, blocks)
-        marks = self.marks()
+        headers = page.headers(self.view)
+        lsns = page.lsns(headers)
         return [
             Suspect(
                 path,
                 int(blocks[at]),
-                Lsn(int(marks["lsn"][at])),
+                Lsn(int(lsns[at])),
                 int(computed[at]),
-                int(marks["checksum"][at]),
+                int(headers["checksum"][at]),
             )
             for at in failed.tolist()
         ]
@@ -111,12 +112,8 @@ class Batch:
         return failed[checked[failed]]
 
     def marks(self) -> Marks:
-        """(LSN, checksum) of each page as it lies in the buffer."""
-        headers = page.headers(self.view)
-        marks = np.empty(len(headers), MARK)
-        marks["lsn"] = page.lsns(headers)
-        marks["checksum"] = headers["checksum"]
-        return marks
+        """`detect.marks_of` each page as it lies in the buffer."""
+        return detect.marks_of(page.headers(self.view))
 
     def trusted_marks(self, suspects: list[Suspect], first_block: int) -> Marks:
         """As `marks`, with those of suspects unknown: such a page is never unchanged."""

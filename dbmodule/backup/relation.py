@@ -118,7 +118,8 @@ class RelationCopy:
                 start = int(batch.numbers[0])
                 known = self._marks[start : start + len(batch.numbers)]
                 changes = detect.compare_marks(seen, known, self._baseline.start_lsn)
-                hints = changes.hints & self._baseline.foreign
+                unlogged = self._baseline.foreign or not self._settings.data_checksums
+                hints = changes.hints & unlogged
                 self._result.hints += int(hints.sum())
                 self._result.divergent += int((changes.divergent & ~hints).sum())
                 return changes.changed

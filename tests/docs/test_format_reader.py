@@ -201,8 +201,8 @@ class Reader:
         if row.kind == CONTENT:
             expect(value == (self.hash(data)[:16],), "hash of a block")
         else:
-            high, low, checksum = struct.unpack_from("<IIH", data)
-            expect(value == (high << 32 | low, checksum), "mark of a page")
+            high, low, checksum, flags = struct.unpack_from("<IIHH", data)
+            expect(value == (high << 32 | low, checksum ^ flags & 4), "mark of a page")
 
     def cached(self, ref: tuple[str, int, int], frame: int) -> bytes:
         if getattr(self, "_last", None) != (ref, frame):

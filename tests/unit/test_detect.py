@@ -106,6 +106,16 @@ def test_a_zero_page_is_unchanged_only_if_it_was_zero() -> None:
     assert changed(drawn(START - 1), (0, 0))
 
 
+def test_becoming_all_visible_is_a_change_of_the_same_lsn() -> None:
+    visible = bytearray(drawn(START - 1).data)
+    visible[10] ^= 4
+    seen = observe(visible, WAL_SEGMENT)
+    found = compare_marks(seen, np.array([(START - 1, 7)], MARK), START)
+    assert found.changed[0]
+    assert found.hints[0]
+    assert not compare_marks(seen, seen.marks, START).changed[0]
+
+
 def test_a_page_without_a_real_lsn_proves_nothing() -> None:
     for lsn in (0, 1, WAL_SEGMENT - 1):
         assert changed(drawn(lsn), (lsn, 7))

@@ -35,7 +35,7 @@ TUPLE = SIZE - 40
 @pytest.mark.parametrize(
     ("content", "at", "mask"),
     [
-        (HEAP, 10, 4),  # all visible
+        (HEAP, 10, 1),  # has free line pointers
         (HEAP, 20, 1),  # the next transaction worth a pruning
         (HEAP, TUPLE + 21, 0x01),  # xmin committed
         (HEAP, TUPLE + 21, 0x08),  # xmax invalid
@@ -54,6 +54,7 @@ def test_hints_are_passed_over(content: bytes, at: int, mask: int) -> None:
     [
         (HEAP, 0, 1),  # LSN
         (HEAP, 8, 1),  # checksum
+        (HEAP, 10, 4),  # all visible: the visibility map relies on it
         (HEAP, 24, 8),  # where the tuple is
         (HEAP, 25, 0x80),  # a heap's line pointers are not hints
         (HEAP, TUPLE, 1),  # xmin
