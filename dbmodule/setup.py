@@ -111,7 +111,13 @@ def install_extension(dsn: str, directory: Path | None) -> list[str]:
 
 def keep_apart(url: str, directory: Path) -> None:
     """Refuse a repository and a data directory that lie in each other; raises `TargetError`."""
-    repository, other = local_path(url), directory.resolve()
+    try:
+        repository, other = local_path(url), directory.resolve()
+    except (OSError, RuntimeError) as error:  # RuntimeError: a circle of links
+        raise TargetError(
+            f"cannot tell where {url} and {directory} are: {error}",
+            hint="Name both without links that lead in a circle.",
+        ) from error
     if repository is not None and (
         repository.is_relative_to(other) or other.is_relative_to(repository)
     ):

@@ -53,9 +53,12 @@ def recovery_settings(
 
     All WAL that is needed lies in ``pg_wal``, so the restore command finds nothing. Recovery is
     an archive recovery all the same: it ends on a new timeline, so that the copy's WAL can never
-    be taken for its source's.
+    be taken for its source's. Nor may it run what its source, perhaps once a standby, did
+    during recovery: a clean-up of the archive would remove WAL that the source still needs.
     """
     lines = [f"# Added by dbmodule for the recovery of {backup}.", "restore_command = 'false'"]
+    lines += ["archive_cleanup_command = ''", "recovery_end_command = ''"]
+    lines += ["recovery_min_apply_delay = 0"]
     lines += [f"recovery_target{name} = ''" for name in _TARGETS]
     lines.append("recovery_target_timeline = 'current'")
     if in_place_tablespaces:

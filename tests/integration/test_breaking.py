@@ -81,6 +81,31 @@ def test_repository_and_data_directory_are_kept_apart(make_site: SiteFactory) ->
         site.app.restore(RestoreOptions(site.repository_path / "restored"))
 
 
+def test_a_target_that_links_to_itself_is_refused(site: Site) -> None:
+    circle = site.base / "circle"
+    circle.symlink_to(circle)
+    with pytest.raises(TargetError, match="circle"):
+        site.app.restore(RestoreOptions(circle))
+
+
+def test_a_copy_does_not_run_the_commands_of_its_source_s_recovery(make_site: SiteFactory) -> None:
+    """A promoted standby keeps them: they would clean up the archive that its source lives on."""
+    site = make_site(18)
+    ran = site.base / "ran"
+    site.cluster.configure(
+        {
+            "archive_cleanup_command": f"echo cleanup >> {ran}",
+            "recovery_end_command": f"echo end >> {ran}",
+            "recovery_min_apply_delay": "1h",
+        }
+    )
+    site.full()
+    copy = site.start_copy()
+    assert copy.scalar("SHOW recovery_min_apply_delay") == "0"
+    copy.execute("CHECKPOINT")
+    assert not ran.exists()
+
+
 def test_a_bad_connection_string_is_not_quoted(site: Site) -> None:
     """The driver's own message shows the part that it cannot read: the password."""
     dsn = "postgresql://me:s3cr3t%zzpw@localhost/postgres"
