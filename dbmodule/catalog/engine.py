@@ -3,7 +3,8 @@
 The connection string is libpq's, so environment, service and password files work. Sessions speak
 UTF-8 whatever the database's encoding, notice a dead network by keepalives, never wait long for a
 lock, and commit to local disk without waiting for a standby: a standby that is away must stop
-neither backups nor the queue.
+neither backups nor the queue. Nor do a server's defaults for others: read-only transactions, or
+statements cut short.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ _DEFAULTS = {
 _SETTINGS = """
     SET synchronous_commit = local;
     SET idle_session_timeout = 0;
-    SET lock_timeout = '10s'
+    SET lock_timeout = '10s';
+    SET statement_timeout = 0;
+    SET default_transaction_read_only = off
 """
 _NOT_INSTALLED = "Run CREATE EXTENSION dbmodule or `dbmodule extension install`."
 _HINTS = {

@@ -106,6 +106,15 @@ def test_a_copy_does_not_run_the_commands_of_its_source_s_recovery(make_site: Si
     assert not ran.exists()
 
 
+def test_defaults_meant_for_others_do_not_fail_a_backup(make_site: SiteFactory) -> None:
+    site = make_site(18)
+    site.cluster.execute("ALTER DATABASE postgres SET default_transaction_read_only = on")
+    full = site.full()
+    recorded = site.cluster.query("SELECT backup_id FROM dbmodule.backup")
+    assert recorded == [(full.backup_id,)]
+    assert site.incr().detector == "scan"
+
+
 def test_a_bad_connection_string_is_not_quoted(site: Site) -> None:
     """The driver's own message shows the part that it cannot read: the password."""
     dsn = "postgresql://me:s3cr3t%zzpw@localhost/postgres"
