@@ -63,7 +63,11 @@ class PsycopgServer:
     def __init__(self, dsn: str) -> None:
         try:
             self._connection = psycopg.connect(
-                dsn, autocommit=True, application_name="dbmodule backup", connect_timeout=10
+                dsn,
+                autocommit=True,
+                application_name="dbmodule backup",
+                client_encoding="utf8",
+                connect_timeout=10,
             )
         except psycopg.Error as error:
             raise _server_error(

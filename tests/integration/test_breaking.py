@@ -10,6 +10,7 @@ from dbmodule.errors import ServerError, TargetError, UsageError
 from dbmodule.ident import BackupType
 from dbmodule.reports import BackupOptions, RestoreOptions
 from tests.fix_backup import COPY_OPTIONS, Site, SiteFactory
+from tests.fix_cluster import ClusterFactory
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +114,22 @@ def test_defaults_meant_for_others_do_not_fail_a_backup(make_site: SiteFactory) 
     recorded = site.cluster.query("SELECT backup_id FROM dbmodule.backup")
     assert recorded == [(full.backup_id,)]
     assert site.incr().detector == "scan"
+
+
+def test_a_database_without_an_encoding(
+    make_cluster: ClusterFactory, make_site: SiteFactory
+) -> None:
+    """Its text is bytes to the driver, unless it is told otherwise. ``initdb`` makes such under
+    the locale C."""
+    cluster = make_cluster(18)
+    cluster.execute("CREATE DATABASE plain ENCODING 'SQL_ASCII' TEMPLATE template0")
+    site = make_site(cluster=cluster, dbname="plain")
+    assert site.app.check().status != "error"
+    site.full()
+    cluster.execute("CREATE TABLE added AS SELECT generate_series(1, 500) AS i", "plain")
+    assert site.incr().detector == "scan"
+    copy = site.start_copy()
+    assert copy.query("SELECT count(*) FROM added", "plain") == [(500,)]
 
 
 def test_a_bad_connection_string_is_not_quoted(site: Site) -> None:
