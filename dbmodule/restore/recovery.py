@@ -8,13 +8,14 @@ from collections.abc import Mapping
 from dbmodule.controlfile import ControlFile
 from dbmodule.ident import BackupId
 
+CONF = "postgresql.conf"
 AUTO_CONF = "postgresql.auto.conf"
 SIGNAL = "recovery.signal"
 LABEL = "backup_label"
 _TARGETS = ("", "_lsn", "_name", "_time", "_xid")
 
 MINIMAL_CONFIGURATION = {
-    "postgresql.conf": "# The configuration was not in the data directory that was backed up.\n",
+    CONF: "# The configuration was not in the data directory that was backed up.\n",
     "pg_hba.conf": "# The configuration was not in the data directory that was backed up.\n"
     "local all all peer\n",
     "pg_ident.conf": "",
@@ -29,6 +30,18 @@ DEFAULTS = {
     "max_locks_per_transaction": 64,
 }
 """Settings that recovery needs to be as large as at the source, and what they are if not set."""
+
+
+_DATA_DIRECTORY = re.compile(rb"(?mi)^[ \t]*data_directory\b")
+
+
+def without_data_directory(configuration: bytes) -> bytes:
+    """``postgresql.conf`` with ``data_directory`` as a comment.
+
+    A server that is started on the copy would go to its source's directory, and run there. The
+    setting is none that later files could take back.
+    """
+    return _DATA_DIRECTORY.sub(rb"#\g<0>", configuration)
 
 
 def too_small(control: ControlFile, configuration: str) -> dict[str, int]:

@@ -189,8 +189,13 @@ def _write_recovery(
     for name, text in recovery.MINIMAL_CONFIGURATION.items():
         if name not in paths:
             add(name, text.encode())
+    found = target.read(recovery.CONF)
+    own = recovery.without_data_directory(found)
+    if own != found:
+        restored[:] = [file for file in restored if file.path != recovery.CONF]
+        add(recovery.CONF, own)
     before = target.read(recovery.AUTO_CONF) if recovery.AUTO_CONF in paths else b""
-    configuration = target.read("postgresql.conf") + b"\n" + before
+    configuration = own + b"\n" + before
     settings = recovery.recovery_settings(
         manifest.backup_id,
         in_place_tablespaces=in_place,

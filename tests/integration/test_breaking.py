@@ -9,6 +9,7 @@ from dbmodule.config import RepositorySection, ServerSection
 from dbmodule.errors import ServerError, TargetError, UsageError
 from dbmodule.ident import BackupType
 from dbmodule.reports import BackupOptions, RestoreOptions
+from tests import oracles
 from tests.fix_backup import COPY_OPTIONS, Site, SiteFactory
 from tests.fix_cluster import ClusterFactory
 
@@ -130,6 +131,20 @@ def test_a_database_without_an_encoding(
     assert site.incr().detector == "scan"
     copy = site.start_copy()
     assert copy.query("SELECT count(*) FROM added", "plain") == [(500,)]
+
+
+def test_a_server_started_on_the_copy_does_not_run_on_its_source(make_site: SiteFactory) -> None:
+    """``data_directory`` in the copied postgresql.conf leads there; the source was stopped."""
+    site = make_site(18)
+    site.cluster.configure({"data_directory": str(site.cluster.datadir)})
+    site.cluster.restart()
+    site.full()
+    site.cluster.stop("fast")
+    restored = site.restore()
+    assert oracles.pg_verifybackup(site.cluster, restored) == []
+    copy = site.copy_at(restored)
+    copy.start(COPY_OPTIONS)
+    assert copy.scalar("SHOW data_directory") == str(restored)
 
 
 def test_a_bad_connection_string_is_not_quoted(site: Site) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from dbmodule.controlfile import parse
 from dbmodule.ident import BackupId
-from dbmodule.restore.recovery import recovery_settings, too_small
+from dbmodule.restore.recovery import recovery_settings, too_small, without_data_directory
 from tests.control import control_file
 
 # Offsets of MaxConnections and max_prepared_xacts in ControlFileData.
@@ -30,6 +30,14 @@ def test_only_what_the_configuration_makes_smaller_is_set(
     configuration: str, expected: dict[str, int]
 ) -> None:
     assert too_small(CONTROL, configuration) == expected
+
+
+def test_the_source_s_data_directory_is_commented_out() -> None:
+    found = b"port = 1\r\n Data_Directory '/x'\ndata_directory_mode = 1\n#data_directory = 'y'\n"
+    expected = (
+        b"port = 1\r\n# Data_Directory '/x'\ndata_directory_mode = 1\n#data_directory = 'y'\n"
+    )
+    assert without_data_directory(found) == expected
 
 
 def test_settings_end_on_a_new_timeline_and_target_nothing() -> None:
