@@ -30,6 +30,8 @@ class Observed:
     odd: NDArray[np.bool_]
     """Neither zero nor a page with a header and an LSN that could prove anything: the file has to
     be compared by content."""
+    unlogged: NDArray[np.bool_]
+    """Of those, the ones with a header: nobody was writing them when they were read."""
 
 
 def marks_of(headers: NDArray[np.void]) -> Marks:
@@ -54,8 +56,9 @@ def observe(buffer: Buffer, lowest_lsn: int) -> Observed:
     headers = page.headers(buffer)
     marks = marks_of(headers)
     zero = page.all_zero(buffer)
-    odd = ~zero & (~page.looks_valid(headers) | (marks["lsn"] < lowest_lsn))
-    return Observed(marks, zero, odd)
+    valid = page.looks_valid(headers)
+    unlogged = ~zero & valid & (marks["lsn"] < lowest_lsn)
+    return Observed(marks, zero, ~zero & ~valid | unlogged, unlogged)
 
 
 @dataclass(frozen=True, slots=True)

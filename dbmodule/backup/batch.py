@@ -73,6 +73,8 @@ class Batch:
         for pause in REREAD_SECONDS:
             if not seen.odd.any():
                 return seen
+            if seen.unlogged.any():
+                break
             time.sleep(pause)  # perhaps caught while the server was writing it
             self._read_again(np.flatnonzero(seen.odd).tolist())
             seen = detect.observe(self.view, lowest_lsn)

@@ -120,6 +120,7 @@ def test_a_page_without_a_real_lsn_proves_nothing() -> None:
     for lsn in (0, 1, WAL_SEGMENT - 1):
         assert changed(drawn(lsn), (lsn, 7))
         assert observe(drawn(lsn).data, WAL_SEGMENT).odd.all()
+        assert observe(drawn(lsn).data, WAL_SEGMENT).unlogged.all()
     assert not observe(drawn(WAL_SEGMENT).data, WAL_SEGMENT).odd.any()
 
 
