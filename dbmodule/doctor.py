@@ -16,7 +16,7 @@ from dbmodule.ident import PAGE_SIZE
 from dbmodule.pgdata.source import LocalDataDirectory
 from dbmodule.ports import ServerIdentity
 from dbmodule.postgres import extension
-from dbmodule.postgres.server import PsycopgServer
+from dbmodule.postgres.server import FREE_A_SLOT, PsycopgServer
 from dbmodule.reports import CheckReport, Finding
 from dbmodule.repository.repository import Repository
 from dbmodule.storage import open_store
@@ -57,6 +57,8 @@ def _server(config: Config) -> Iterator[Finding]:
             yield Finding("privileges", "error", "a privilege is missing", statement)
         if missing:
             return  # what the server is cannot be asked without them
+        if not server.free_slots():
+            yield Finding("replication slots", "error", "none is free", FREE_A_SLOT)
         identity = server.identify()
         yield Finding(
             "server",

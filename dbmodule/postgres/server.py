@@ -20,9 +20,13 @@ from dbmodule.ports import ServerIdentity, StoppedBackup
 
 LOWEST_VERSION = 150000
 BACKUP_LOCK = (0x64626D6F, 2)
+"""Advisory lock of a running backup: "dbmo", 2. The agent's own is "dbmo", 1."""
 LOCK_SECONDS = 5.0
 """A client that has gone keeps its lock until its backend has noticed, which may take a moment."""
-"""Advisory lock of a running backup: "dbmo", 2. The agent's own is "dbmo", 1."""
+FREE_A_SLOT = (
+    "A backup keeps WAL with a replication slot of its own: raise max_replication_slots and restart"
+    " the server, or drop slots that nobody uses any more (pg_replication_slots)."
+)
 
 _TIMEOUTS = (
     "statement_timeout",
@@ -166,6 +170,8 @@ class PsycopgServer:
 
     def reserve_wal(self) -> None:
         name = f"dbmodule_{secrets.token_hex(8)}"
+        if not self.free_slots():
+            raise ServerError("the server has no replication slot free", hint=FREE_A_SLOT)
         self._one("SELECT pg_create_physical_replication_slot(%s, true, true)", (name,))
 
     def start_backup(self, label: str, *, fast: bool) -> Lsn:
@@ -179,6 +185,14 @@ class PsycopgServer:
 
     def ensure_alive(self) -> None:
         self._one("SELECT 1")
+
+    def free_slots(self) -> int:
+        """How many replication slots can still be made."""
+        limit, used = self._one(
+            "SELECT current_setting('max_replication_slots')::int,"
+            " (SELECT count(*) FROM pg_replication_slots)"
+        )
+        return int(limit) - int(used)
 
     def missing_grants(self) -> list[str]:
         user = self._one("SELECT current_user::text")[0]

@@ -168,3 +168,16 @@ def test_one_damaged_manifest_does_not_hide_the_others(
     place.write_bytes(data)
     assert [report.backup_id for report in site.app.backups()] == [full.backup_id]
     assert f"backup {diff.backup_id} is left out" in caplog.text
+
+
+def test_a_server_without_a_free_replication_slot(make_site: SiteFactory) -> None:
+    """Said by name before the backup begins, and foreseen by `check`."""
+    site = make_site(settings={"max_replication_slots": "1", "max_wal_senders": "1"})
+    site.cluster.execute("SELECT pg_create_physical_replication_slot('another')")
+    with pytest.raises(ServerError, match="no replication slot free") as refusal:
+        site.full()
+    assert "max_replication_slots" in refusal.value.hint
+    (told,) = (f for f in site.app.check().findings if f.severity == "error")
+    assert (told.name, told.remedy) == ("replication slots", refusal.value.hint)
+    site.cluster.execute("SELECT pg_drop_replication_slot('another')")
+    assert site.full().status == "completed"
