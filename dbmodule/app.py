@@ -7,11 +7,12 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack, closing
+from datetime import UTC, datetime
 from pathlib import Path
 
-from dbmodule import doctor, listing, setup, verify
+from dbmodule import doctor, listing, pruning, setup, verify
 from dbmodule.agent import Agent, AgentTiming
 from dbmodule.backup.run import take_backup
 from dbmodule.backup.steps import Environment, read_control_file
@@ -20,8 +21,9 @@ from dbmodule.catalog import SqlCatalog, SqlJobQueue
 from dbmodule.config import Config
 from dbmodule.corruption import last_good
 from dbmodule.datafile import CONTROL_FILE, tablespace_version_directory
-from dbmodule.errors import ServerError, UsageError
-from dbmodule.ident import BackupId
+from dbmodule.errors import DbmoduleError, RefusedError, ServerError, UsageError
+from dbmodule.expire import expire
+from dbmodule.ident import BackupId, parse_backup_id
 from dbmodule.manifest import Manifest
 from dbmodule.notify import open_listener
 from dbmodule.pgdata.source import LocalDataDirectory, host_boot_id, host_name
@@ -37,13 +39,18 @@ from dbmodule.reports import (
     BackupReport,
     CheckReport,
     DryRunReport,
+    HoldReport,
     InitReport,
+    ReleaseReport,
     RestoreOptions,
     RestoreReport,
+    RetentionReport,
     VerifyReport,
 )
+from dbmodule.repository.holds import place_hold, read_holds, release_holds
 from dbmodule.repository.repository import Repository
 from dbmodule.restore.run import RestoreRequest, restore
+from dbmodule.retention import Hold
 from dbmodule.storage import DryStore, open_store
 
 log = logging.getLogger(__name__)
@@ -141,7 +148,11 @@ class App:
 
     def backups(self) -> list[BackupReport]:
         """All backups of the cluster, oldest first."""
-        return [listing.to_report(manifest) for manifest in self._manifests().values()]
+        holds = self._holds(self._repository())
+        return [
+            listing.to_report(manifest, holds.get(backup))
+            for backup, manifest in self._manifests().items()
+        ]
 
     def show(self, backup: str) -> BackupDetails:
         """One backup, by id or ``latest``."""
@@ -151,7 +162,8 @@ class App:
         manifest, digest = repository.manifest(self._config.repository.cluster, chosen)
         good = last_good(repository, manifests, manifest)
         relations = repository.tables(manifest).relations()
-        return listing.to_details(manifests, manifest, digest, relations, good)
+        hold = self._holds(repository).get(chosen)
+        return listing.to_details(manifests, manifest, digest, relations, good, hold)
 
     # -- restore and verification ---------------------------------------------------------------
 
@@ -226,6 +238,91 @@ class App:
             cancelled=cancelled,
         )
         return listing.to_report(manifest)
+
+    # -- retention ------------------------------------------------------------------------------
+
+    def expire(
+        self,
+        *,
+        dry_run: bool = False,
+        progress: Progress = no_progress,
+        cancelled: Cancelled = never_cancelled,
+    ) -> RetentionReport:
+        """Remove the backups that the policy does not keep; raises a `DbmoduleError`.
+
+        A dry run only says which. Without a policy nothing is removed, and the report says how to
+        configure one.
+        """
+        repository = self._repository()
+        cluster, policy = self._config.repository.cluster, self._config.retention.policy()
+        outlook = pruning.look_ahead(repository, cluster, policy, datetime.now(UTC))
+        if dry_run:
+            return pruning.to_report(outlook, policy, None)
+        if not policy.rules():
+            return pruning.to_report(outlook, policy, ())
+        pruning.refuse_unreadable(outlook, cluster)
+        report = expire(
+            repository, cluster, outlook.removed(), progress=progress, cancelled=cancelled
+        )
+        self._forget([BackupId(backup) for backup in report.removed])
+        return pruning.to_report(outlook, policy, report.removed)
+
+    def hold(self, backup: str, *, keep_until: str | None = None) -> HoldReport:
+        """Keep a backup and its chain whatever the policy says, until a moment or for ever.
+
+        Takes the place of an earlier hold. A moment without offset is one of the policy's zone.
+        """
+        repository = self._repository()
+        cluster, now = self._config.repository.cluster, datetime.now(UTC)
+        chosen = listing.resolve_loosely(repository.backup_ids(cluster), backup)
+        until = None
+        if keep_until is not None:
+            zone = self._config.retention.policy().zone
+            until = pruning.parse_moment(keep_until, zone, now)
+        place_hold(repository, cluster, Hold(chosen, until), now)
+        if chosen not in repository.backup_ids(cluster):
+            release_holds(repository, cluster, chosen)
+            raise RefusedError(
+                f"backup {chosen} was removed just now", hint="`dbmodule list` shows what is left."
+            )
+        return HoldReport(chosen, pruning.FOREVER if until is None else until.isoformat())
+
+    def release(self, backup: str) -> ReleaseReport:
+        """Let go of a backup that was held; the next `expire` may remove it."""
+        repository = self._repository()
+        cluster = self._config.repository.cluster
+        # By its id alone: the backup itself may be gone, or damaged.
+        chosen = (
+            listing.resolve_loosely(repository.backup_ids(cluster), backup)
+            if backup == listing.LATEST
+            else parse_backup_id(backup)
+        )
+        released = release_holds(repository, cluster, chosen)
+        if not released:
+            raise UsageError(
+                f"backup {chosen} is not held", hint="`dbmodule list` shows which backups are."
+            )
+        return ReleaseReport(chosen, released)
+
+    def _forget(self, backups: Collection[BackupId]) -> None:
+        """Tell the SQL catalog what was removed, if it can be told."""
+        catalog = self._catalog_if_reachable() if backups else None
+        if catalog is None:
+            return
+        try:
+            left = set(backups) - catalog.forget(backups)
+        except DbmoduleError as error:
+            log.warning("the SQL catalog still lists backups that were removed: %s", error)
+        else:
+            if left:
+                log.warning(
+                    "the SQL catalog still lists %s, since it knows of backups that depend on them",
+                    ", ".join(sorted(left)),
+                )
+
+    def _holds(self, repository: Repository) -> dict[BackupId, str]:
+        holds = read_holds(repository, self._config.repository.cluster)
+        return pruning.holds_in_force(holds, datetime.now(UTC))
 
     # -- agent ----------------------------------------------------------------------------------
 

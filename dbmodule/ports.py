@@ -6,7 +6,7 @@ the errors named in its docstring and no others on purpose.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, NamedTuple, Protocol
@@ -323,6 +323,13 @@ class Catalog(Protocol):
 
     def record(self, backup: BackupRecord) -> None:
         """Project a committed backup into the catalog; recording one twice changes nothing."""
+        ...
+
+    def forget(self, backups: Collection[BackupId]) -> set[BackupId]:
+        """Leave out backups that were removed, and give those that are not recorded (any more).
+
+        One that a backup depends on which is not among them stays.
+        """
         ...
 
 

@@ -94,6 +94,8 @@ class BackupReport:
     phases: Mapping[str, float]
     corruption: list[CorruptPage] = field(default_factory=list)
     """The first of the corrupt pages, as much of them as is kept."""
+    hold: str | None = None
+    """Until when it is kept whatever the policy says: ISO 8601, ``forever``, or None."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +176,44 @@ class VerifyReport:
     bytes_read: int
     damage: list[Damage]
     seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class RetentionDecision:
+    """What becomes of one backup, and why."""
+
+    backup_id: str
+    keep: bool
+    reasons: list[str]
+    finished_at: str | None
+    """None when its manifest cannot be read."""
+
+
+@dataclass(frozen=True, slots=True)
+class RetentionReport:
+    """`expire`: the plan, and as much of it as was carried out."""
+
+    dry_run: bool
+    policy: Mapping[str, int]
+    """Name of a rule → number; empty = nothing is ever removed."""
+    decisions: list[RetentionDecision]
+    removed: list[str]
+    hint: str
+    """How to configure a policy where there is none; else empty."""
+
+
+@dataclass(frozen=True, slots=True)
+class HoldReport:
+    backup_id: str
+    hold: str
+    """Until when: ISO 8601, or ``forever``."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseReport:
+    backup_id: str
+    released: int
+    """How many holds there were; more than one only if two were placed at once."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,6 +33,8 @@ from dbmodule.reports import Damage, VerifyReport
 from dbmodule.repository import index, pack
 from dbmodule.repository.chainview import ChainView
 from dbmodule.repository.document import unseal
+from dbmodule.repository.holds import PREFIX as HOLDS
+from dbmodule.repository.holds import read_hold
 from dbmodule.repository.index import PackRef
 from dbmodule.repository.repository import Repository, cluster_document, manifest_name
 
@@ -178,6 +180,13 @@ def _check_other_documents(
                 return len(data)
 
             findings.check(name, read)
+    for name in store.list(HOLDS):
+
+        def read_held(name: str = name) -> int:
+            read_hold(repository, name)
+            return store.size(name)
+
+        findings.check(name, read_held)
     indexed: set[pack.PackId] = set()
     before = len(findings.damage)
     for name in store.list(index.PREFIX):

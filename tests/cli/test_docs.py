@@ -84,6 +84,10 @@ def test_the_error_document_is_json() -> None:
         ("backup", reports.BackupReport),
         ("restore", reports.RestoreReport),
         ("verify", reports.VerifyReport),
+        ("expire", reports.RetentionReport),
+        ("expire", reports.RetentionDecision),
+        ("hold", reports.HoldReport),
+        ("release", reports.ReleaseReport),
         ("verify", reports.Damage),
     ],
 )

@@ -1,0 +1,52 @@
+"""``dbmodule expire``: remove the backups that the retention policy does not keep."""
+
+from __future__ import annotations
+
+import click
+
+from dbmodule.reports import RetentionReport
+from dbmodule_cli.command import Command
+from dbmodule_cli.invocation import Invocation, as_document, pass_invocation
+from dbmodule_cli.output import Printer
+
+
+@click.command("expire", cls=Command)
+@click.option("--dry-run", is_flag=True, help="Show what would be removed, and remove nothing.")
+@pass_invocation
+def command(invocation: Invocation, dry_run: bool) -> None:
+    """Remove the backups that the policy in [retention] does not keep.
+
+    Says of every backup what becomes of it and why. What a kept backup is built on is kept, and so
+    are held backups and the newest one. Without a policy nothing is removed.
+    """
+    app = invocation.open_app()
+    if not dry_run:
+        invocation.stops_orderly(
+            "What was removed is gone; every backup that is left is whole. Run the command again."
+        )
+    with invocation.progress() as progress:
+        report = app.expire(
+            dry_run=dry_run, progress=progress, cancelled=invocation.interrupts.requested
+        )
+    invocation.report(as_document(report), lambda printer: _show(printer, report))
+
+
+def _show(printer: Printer, report: RetentionReport) -> None:
+    if report.decisions:
+        removing = "remove" if report.dry_run else "removed"
+        printer.table(
+            ("backup", "decision", "why"),
+            [
+                (d.backup_id, "keep" if d.keep else removing, "; ".join(d.reasons))
+                for d in report.decisions
+            ],
+        )
+    else:
+        printer.line("no backups yet; take one with: dbmodule backup full")
+    if report.hint:
+        printer.line(f"No retention policy is configured: nothing is removed. {report.hint}")
+    elif report.dry_run:
+        count = sum(not d.keep for d in report.decisions)
+        printer.line(f"Nothing was removed: without --dry-run {count} backups would be.")
+    else:
+        printer.line(f"{len(report.removed)} backups were removed.")
