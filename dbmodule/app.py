@@ -45,6 +45,7 @@ from dbmodule.reports import (
     RestoreOptions,
     RestoreReport,
     RetentionReport,
+    VerifyLevel,
     VerifyReport,
 )
 from dbmodule.repository.holds import place_hold, read_holds, release_holds
@@ -199,10 +200,11 @@ class App:
         self,
         backup: str | None,
         *,
+        level: VerifyLevel = VerifyLevel.NORMAL,
         progress: Progress = no_progress,
         cancelled: Cancelled = never_cancelled,
     ) -> VerifyReport:
-        """Re-read what is stored for one backup, or the whole repository for None."""
+        """Look at what is stored for one backup, or at the whole repository for None."""
         repository = self._repository()
         cluster = self._config.repository.cluster
         wanted: list[BackupId] | None = None
@@ -212,6 +214,7 @@ class App:
             repository,
             cluster,
             wanted,
+            level=level,
             threads=self._config.backup.threads,
             progress=progress,
             cancelled=cancelled,

@@ -53,7 +53,9 @@ def look_ahead(repository: Repository, cluster: str, policy: Policy, now: dateti
     for backup in repository.backup_ids(cluster):
         try:
             manifests[backup], hashes[backup] = repository.manifest(cluster, backup)
-        except (CorruptObjectError, FormatVersionError, ObjectMissingError) as error:
+        except ObjectMissingError:
+            continue  # removed meanwhile
+        except (CorruptObjectError, FormatVersionError) as error:
             damaged[backup] = error.message
     unreadable = list(damaged)
     for backup, manifest in manifests.items():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
 
 from dbmodule.ident import BackupId, BackupType
@@ -167,6 +168,17 @@ class Damage:
     problem: str
 
 
+class VerifyLevel(StrEnum):
+    """How closely `verify` looks; each level finds what those before it find."""
+
+    QUICK = "quick"
+    """Documents by their hashes, packs by being there with their size."""
+    NORMAL = "normal"
+    """Every stored byte by its hash."""
+    FULL = "full"
+    """Every page by its own checksum, too."""
+
+
 @dataclass(frozen=True, slots=True)
 class VerifyReport:
     status: str
@@ -176,6 +188,10 @@ class VerifyReport:
     bytes_read: int
     damage: list[Damage]
     seconds: float
+    level: VerifyLevel = VerifyLevel.NORMAL
+    pages_checked: int = 0
+    pages_known_corrupt: int = 0
+    """Of these: pages that are as corrupt as the source's were, which is no damage."""
 
 
 @dataclass(frozen=True, slots=True)

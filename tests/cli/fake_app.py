@@ -184,8 +184,8 @@ class App:
     def restore(self, options: Any, *, progress: Any, cancelled: Any) -> Any:
         return self._answer("restore", options=options)
 
-    def verify(self, backup: str | None, *, progress: Any, cancelled: Any) -> Any:
-        return self._answer("verify", backup=backup)
+    def verify(self, backup: str | None, *, level: Any, progress: Any, cancelled: Any) -> Any:
+        return self._answer("verify", backup=backup, level=level)
 
     def synthesize(self, backup: str, *, progress: Any, cancelled: Any) -> Any:
         progress("fold", 1, 2)

@@ -20,6 +20,7 @@ from dbmodule.reports import (
     Finding,
     HoldReport,
     RestoreOptions,
+    VerifyLevel,
 )
 from tests.cli.conftest import Dbmodule
 from tests.cli.fake_app import DAMAGED, DIFF, FULL, App, backup_report
@@ -149,6 +150,13 @@ def test_verify_options(dbmodule: Dbmodule, app: type[App]) -> None:
     for arguments in ([], ["--all"], [FULL]):
         assert dbmodule("verify", *arguments).code == 0
     assert [arguments["backup"] for _, arguments in app.calls] == [None, None, FULL]
+    assert "PAGES" not in dbmodule("verify").out.upper()
+    app.answers["verify"] = dataclasses.replace(
+        app.answers["verify"], level=VerifyLevel.FULL, pages_checked=7, pages_known_corrupt=2
+    )
+    assert "7 checked, of which 2" in dbmodule("verify", "--level", "full").out
+    levels = [arguments["level"] for _, arguments in app.calls]
+    assert levels == [VerifyLevel.NORMAL] * 4 + [VerifyLevel.FULL]
 
 
 def test_expire_shows_what_becomes_of_each_backup_and_why(

@@ -21,7 +21,7 @@ from dbmodule.manifest import Manifest
 from dbmodule.pgdata.source import LocalDataDirectory
 from dbmodule.pgdata.target import LocalTargetDirectory, staged_name
 from dbmodule.ports import ObjectStore, never_cancelled, no_progress
-from dbmodule.reports import BackupOptions, RestoreReport, VerifyReport
+from dbmodule.reports import BackupOptions, RestoreReport, VerifyLevel, VerifyReport
 from dbmodule.repository.repository import Repository
 from dbmodule.restore.run import RestoreRequest, restore
 from dbmodule.verify import verify
@@ -88,11 +88,12 @@ def back_up(store: ObjectStore, root: Path, kind: BackupType) -> Manifest:
     ).manifest
 
 
-def verify_all(store: ObjectStore) -> VerifyReport:
+def verify_all(store: ObjectStore, level: VerifyLevel = VerifyLevel.NORMAL) -> VerifyReport:
     return verify(
         Repository.open(store),
         CLUSTER,
         None,
+        level=level,
         threads=1,
         progress=no_progress,
         cancelled=never_cancelled,

@@ -16,7 +16,7 @@ import pytest
 from dbmodule.errors import DbmoduleError, RepositoryError
 from dbmodule.ident import BackupId, BackupType, SystemId
 from dbmodule.ports import ObjectStore
-from dbmodule.reports import VerifyReport
+from dbmodule.reports import VerifyLevel, VerifyReport
 from dbmodule.repository.repository import Repository
 from dbmodule.repository.writer import FrameWriter
 from dbmodule.storage.memory import MemoryStore
@@ -113,14 +113,15 @@ def test_sound_repository_is_sound(archive: Archive) -> None:
     )
 
 
-def test_every_fault_in_every_object_is_found(archive: Archive) -> None:
+@pytest.mark.parametrize("level", [VerifyLevel.NORMAL, VerifyLevel.FULL])
+def test_every_fault_in_every_object_is_found(archive: Archive, level: VerifyLevel) -> None:
     for number, (name, data) in enumerate(archive.objects.items()):
         for what, damaged in faults(data, number):
             if name == DESCRIPTION:
                 continue
             if name == archive.manifest(-1) and damaged is None:
                 continue  # a backup without its manifest does not exist: see below
-            report = mini.verify_all(archive.with_planted({name: damaged}))
+            report = mini.verify_all(archive.with_planted({name: damaged}), level)
             where = f"{name}: {what}"
             assert report.status == "damaged", where
             gone = name.rpartition("/")[2].removesuffix(".json")
