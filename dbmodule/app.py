@@ -149,10 +149,11 @@ class App:
 
     def backups(self) -> list[BackupReport]:
         """All backups of the cluster, oldest first."""
-        holds = self._holds(self._repository())
+        repository = self._repository()
+        holds = self._holds(repository)
         return [
             listing.to_report(manifest, holds.get(backup))
-            for backup, manifest in self._manifests().items()
+            for backup, manifest in self._manifests(repository).items()
         ]
 
     def show(self, backup: str) -> BackupDetails:
@@ -258,14 +259,20 @@ class App:
         """
         repository = self._repository()
         cluster, policy = self._config.repository.cluster, self._config.retention.policy()
-        outlook = pruning.look_ahead(repository, cluster, policy, datetime.now(UTC))
+        now = datetime.now(UTC)
+        outlook = pruning.look_ahead(repository, cluster, policy, now)
         if dry_run:
             return pruning.to_report(outlook, policy, None)
         if not policy.rules():
             return pruning.to_report(outlook, policy, ())
         pruning.refuse_unreadable(outlook, cluster)
         report = expire(
-            repository, cluster, outlook.removed(), progress=progress, cancelled=cancelled
+            repository,
+            cluster,
+            outlook.removed(),
+            now=now,
+            progress=progress,
+            cancelled=cancelled,
         )
         self._forget([BackupId(backup) for backup in report.removed])
         return pruning.to_report(outlook, policy, report.removed)
@@ -350,7 +357,7 @@ class App:
 
     def _find_backup(self, job_id: int) -> BackupReport | None:
         # Job ids start again when the extension is created anew: the newest backup counts.
-        found = [m for m in self._manifests().values() if m.job_id == job_id]
+        found = [m for m in self._manifests(self._repository()).values() if m.job_id == job_id]
         return listing.to_report(found[-1]) if found else None
 
     # -- parts ----------------------------------------------------------------------------------
@@ -368,9 +375,9 @@ class App:
             log.warning("the SQL catalog will not be told: %s", error)
             return None
 
-    def _manifests(self) -> Mapping[BackupId, Manifest]:
+    def _manifests(self, repository: Repository) -> Mapping[BackupId, Manifest]:
         """Those that can be read; of the others the log says so, and `verify` what is wrong."""
-        found, unreadable = self._repository().readable_manifests(self._config.repository.cluster)
+        found, unreadable = repository.readable_manifests(self._config.repository.cluster)
         for backup, error in unreadable.items():
             log.warning("backup %s is left out: %s", backup, error)
         return found

@@ -118,20 +118,31 @@ _Count = Annotated[int, Field(ge=1, le=100_000)]
 class RetentionSection(_Section):
     """Which backups `dbmodule expire` keeps; without a rule all of them. Rules add up."""
 
-    keep_last: _Count | None = Field(default=None, description="Newest backups of any type.")
+    keep_last: _Count | None = Field(
+        default=None, examples=[14], description="Newest backups of any type."
+    )
     keep_chains: _Count | None = Field(
-        default=None, description="Newest fulls, each with everything that is built on it."
+        default=None,
+        examples=[2],
+        description="Newest fulls, each with everything that is built on it.",
     )
     keep_days: _Count | None = Field(
         default=None,
+        examples=[7],
         description="Backups of the last days, and the newest one before them.",
     )
     keep_daily: _Count | None = Field(
-        default=None, description="The newest backup of each of the last days that have one."
+        default=None,
+        examples=[7],
+        description="The newest backup of each of the last days that have one.",
     )
-    keep_weekly: _Count | None = Field(default=None, description="The same of weeks.")
-    keep_monthly: _Count | None = Field(default=None, description="The same of months.")
-    keep_yearly: _Count | None = Field(default=None, description="The same of years.")
+    keep_weekly: _Count | None = Field(default=None, examples=[4], description="The same of weeks.")
+    keep_monthly: _Count | None = Field(
+        default=None, examples=[12], description="The same of months."
+    )
+    keep_yearly: _Count | None = Field(
+        default=None, examples=[10], description="The same of years."
+    )
     timezone: str = Field(
         default="UTC", description="Whose midnight ends a day, as Europe/Berlin names it."
     )
@@ -238,10 +249,11 @@ def render_toml(config: Config) -> str:
         lines = [f"# {type(values).__doc__}", f"[{section}]"]
         for key, field in type(values).model_fields.items():
             value = getattr(values, key)
+            shown = field.examples[0] if value is None and field.examples else value
             lines.append(f"# {field.description}")
             lines.append(
                 f"{'' if key in values.model_fields_set and value is not None else '# '}"
-                f"{key} = {_toml_value(value)}"
+                f"{key} = {_toml_value(shown)}"
             )
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks) + "\n"

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 
 from dbmodule.chain import dependents_of
 from dbmodule.errors import CancelledError, RefusedError
 from dbmodule.ident import BackupId
 from dbmodule.manifest import Manifest
 from dbmodule.ports import Cancelled, Progress
+from dbmodule.repository.holds import read_holds
 from dbmodule.repository.repository import Repository, manifest_name
 
 
@@ -29,10 +31,15 @@ def expire(
     cluster: str,
     remove: Collection[BackupId],
     *,
+    now: datetime,
     progress: Progress,
     cancelled: Cancelled,
 ) -> ExpireReport:
-    """Remove these backups; raises `RefusedError` when one that stays is built on one of them."""
+    """Remove these backups.
+
+    Raises `RefusedError` when one that stays is built on one of them, or when one of them was held
+    since it was decided.
+    """
     manifests, unreadable = repository.readable_manifests(cluster)
     if remove and unreadable:
         raise RefusedError(
@@ -41,6 +48,12 @@ def expire(
             hint="`dbmodule verify` says what is wrong with it.",
         )
     order = _dependents_first(manifests, remove)
+    held = [hold.backup_id for hold in read_holds(repository, cluster) if hold.in_force(now)]
+    for backup in order:
+        if backup in held:
+            raise RefusedError(
+                f"backup {backup} is not removed: it is held", hint="Run `dbmodule expire` again."
+            )
     removed: list[str] = []
     for backup in order:
         if cancelled():

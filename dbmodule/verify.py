@@ -129,8 +129,10 @@ def verify(
             for problem in _check_maps(repository, view):
                 findings.damage.append(Damage(name, problem))
             if level is VerifyLevel.FULL:
-                # What the baseline stored was looked at with the baseline.
-                inherited = chain[-1].baseline_id not in needed
+                # What the baseline stored was looked at with the baseline, if in the same way.
+                inherited = chain[-1].baseline_id not in needed or (
+                    chain[-1].data_checksums != chain[-2].data_checksums
+                )
                 _check_pages(repository, view, inherited, threads, findings, progress, cancelled)
         except _DAMAGE as error:
             findings.damage.append(Damage(name, error.message))

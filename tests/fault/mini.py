@@ -47,14 +47,14 @@ def make_mini(source: Path, root: Path) -> None:
     (root / "pg_logical" / "mappings").mkdir(parents=True)
 
 
-def change_pages(root: Path, path: str, blocks: list[int], word: int) -> None:
+def change_pages(root: Path, path: str, blocks: list[int], word: int, first_block: int = 0) -> None:
     """Give pages of a relation another content, and the checksum that belongs to it."""
     with (root / path).open("r+b") as file:
         for block in blocks:
             file.seek(block * PAGE_SIZE)
             data = bytearray(file.read(PAGE_SIZE))
             data[20:24] = word.to_bytes(4, "little")  # pd_prune_xid: a hint
-            data[8:10] = page.compute_checksums(data, block).astype("<u2").tobytes()
+            data[8:10] = page.compute_checksums(data, first_block + block).astype("<u2").tobytes()
             file.seek(block * PAGE_SIZE)
             file.write(data)
 

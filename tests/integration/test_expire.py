@@ -230,12 +230,21 @@ def test_the_executor_never_takes_a_baseline_away(shelf: Shelf) -> None:
     def remove(*which: int) -> list[str]:
         ids = [shelf.ids[position] for position in which]
         return expire(
-            shelf.repository, mini.CLUSTER, ids, progress=no_progress, cancelled=never_cancelled
+            shelf.repository,
+            mini.CLUSTER,
+            ids,
+            now=datetime.now(UTC),
+            progress=no_progress,
+            cancelled=never_cancelled,
         ).removed
 
     with pytest.raises(RefusedError, match=shelf.ids[2]):
         remove(0, 1)
+    shelf.app().hold(shelf.ids[2])
+    with pytest.raises(RefusedError, match="held"):
+        remove(0, 1, 2)
     assert shelf.there() == shelf.ids
+    shelf.app().release(shelf.ids[2])
     assert remove(0, 1, 2) == [shelf.ids[2], shelf.ids[1], shelf.ids[0]]
 
 

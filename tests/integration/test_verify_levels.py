@@ -267,6 +267,22 @@ def harm(root: Path, path: str, block: int, lsn: int | None = None) -> None:
         file.write(data)
 
 
+def test_blocks_of_later_segments_count_from_the_fork_s_beginning(
+    root: Path, store: MemoryStore
+) -> None:
+    """The checksum depends on it: pages of the first segment are damage in the second."""
+    first = (root / mini.RELATION).read_bytes()
+    (root / f"{mini.RELATION}.1").write_bytes(first)
+    blocks = range(len(first) // PAGE_SIZE)
+    wrong = mini.back_up(store, root, FULL)
+    assert wrong.corrupt_pages == len(blocks)
+    mini.change_pages(root, f"{mini.RELATION}.1", list(blocks), 9, wrong.blocks_per_segment)
+    right = mini.back_up(store, root, FULL)
+    assert right.corrupt_pages == 0
+    report = mini.verify_all(store, DEEP)
+    assert (report.damage, report.pages_known_corrupt) == ([], len(blocks))
+
+
 @pytest.mark.parametrize("listed", [Manifest.MAX_LISTED, 1])
 def test_pages_that_were_recorded_as_corrupt_are_no_damage(
     root: Path, store: MemoryStore, monkeypatch: pytest.MonkeyPatch, listed: int

@@ -216,6 +216,7 @@ def test_only_what_was_set_is_rendered_as_a_setting(file: Path) -> None:
         "agent": {},
     }
     assert "\n# threads = " in rendered
+    assert "\n# keep_days = 7\n" in rendered
 
 
 def test_the_documented_example_is_valid(file: Path) -> None:
