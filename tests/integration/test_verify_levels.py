@@ -198,7 +198,8 @@ def test_objects_in_each_others_place_are_found(archive: Archive, level: VerifyL
     assert len(archive.objects[a]) != len(archive.objects[b])
     swapped = {a: archive.objects[b], b: archive.objects[a]}
     said = named_damage(mini.verify_all(archive.with_planted(swapped), level))
-    assert a in said and b in said
+    # A quick one learns of a pack from the tables, which may lie in the other one.
+    assert (a in said or b in said) if level is QUICK else (a in said and b in said)
 
 
 # -- what only a full one finds --------------------------------------------------------------------
