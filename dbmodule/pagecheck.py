@@ -1,7 +1,7 @@
 """Stored pages against themselves: what hashes cannot see, since the wrong bytes were hashed.
 
 Where a chain is folded each page must carry its own checksum, which depends on its block number,
-and be the page that the registry remembers: same LSN, same checksum. So a map that leads to
+and be the page that the registry remembers: same mark. So a map that leads to
 another block's page is found by the checksum, and one that leads to an older copy of the right
 page by its mark. Pages are looked at some hundreds at a time; nothing loops per page, and nothing
 is kept but the few that fail.
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dbmodule import datafile, page
+from dbmodule import datafile, detect, page
 from dbmodule.delta import ZERO_FRAME, PageMap
 from dbmodule.errors import CorruptObjectError
 from dbmodule.ident import PAGE_SIZE
@@ -103,8 +103,7 @@ class _Looked:
         unknown = np.ones(len(blocks), np.bool_)
         if marks is not None:
             unknown = marks["lsn"] == UNKNOWN_LSN
-            equal = (marks["lsn"] == lsns) & (marks["checksum"] == headers["checksum"])
-            self.strange.append(blocks[~equal & ~unknown])
+            self.strange.append(blocks[(marks != detect.marks_of(headers)) & ~unknown])
         if not self._checksums:
             return
         numbers = (blocks + self._first_block).astype(np.uint32)
