@@ -31,6 +31,7 @@ from dbmodule.postgres import extension
 from dbmodule.postgres.dsn import check_dsn
 from dbmodule.postgres.names import PsycopgNames
 from dbmodule.postgres.server import PsycopgServer
+from dbmodule.processes import LocalProcesses
 from dbmodule.reports import (
     BackupDetails,
     BackupOptions,
@@ -137,6 +138,7 @@ class App:
             host=host_name(),
             threads=self._config.backup.threads,
             compression_level=self._config.repository.compression_level,
+            locks=repository.locks(LocalProcesses()),
         )
 
     def backups(self) -> list[BackupReport]:
@@ -221,6 +223,7 @@ class App:
             self._catalog_if_reachable(),
             settings.cluster,
             listing.resolve(manifests, backup, unreadable),
+            locks=repository.locks(LocalProcesses()),
             compression_level=settings.compression_level,
             progress=progress,
             cancelled=cancelled,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -34,7 +35,12 @@ from dbmodule.repository import index, pack
 from dbmodule.repository.chainview import ChainView
 from dbmodule.repository.document import unseal
 from dbmodule.repository.index import PackRef
-from dbmodule.repository.repository import Repository, cluster_document, manifest_name
+from dbmodule.repository.repository import (
+    Repository,
+    RevokedError,
+    cluster_document,
+    manifest_name,
+)
 
 SOUND = "sound"
 DAMAGED = "damaged"
@@ -127,10 +133,11 @@ def _manifests(
     repository: Repository, cluster: str, findings: _Findings
 ) -> dict[BackupId, Manifest]:
     found: dict[BackupId, Manifest] = {}
-    for backup in repository.backup_ids(cluster):
+    for backup in repository.taken_ids(cluster):
 
         def load(backup: BackupId = backup) -> int:
-            found[backup], _ = repository.manifest(cluster, backup)
+            with suppress(RevokedError):
+                found[backup], _ = repository.manifest(cluster, backup)
             return repository.store.size(manifest_name(cluster, backup))
 
         findings.check(manifest_name(cluster, backup), load)

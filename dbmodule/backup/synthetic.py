@@ -25,6 +25,7 @@ from dbmodule.manifest import Manifest, Root
 from dbmodule.ports import Cancelled, Catalog, Progress
 from dbmodule.registry import EntryFlag, EntryKind, RelationRow
 from dbmodule.repository.chainview import ChainView
+from dbmodule.repository.locks import Lock, Locks, backup_lock
 from dbmodule.repository.repository import Repository
 from dbmodule.repository.tables import FileEntry, TableWriter, encode_root
 from dbmodule.repository.writer import FrameWriter
@@ -39,11 +40,45 @@ def synthesize(
     cluster: str,
     backup: BackupId,
     *,
+    locks: Locks,
     compression_level: int,
     progress: Progress,
     cancelled: Cancelled,
 ) -> Manifest:
     """Commit a full that holds what `backup` and its chain hold; raises a `DbmoduleError`."""
+    made: list[BackupId] = []
+
+    def commits() -> list[tuple[str, BackupId]]:
+        taken = repository.taken_ids(cluster)
+        made[:] = [new_backup_id(BackupType.FULL, datetime.now(UTC), taken)]
+        return [(cluster, made[0])]
+
+    with locks.acquire(backup_lock(cluster), commits, cancelled=cancelled) as lock:
+        manifest, digest = _commit(
+            repository,
+            cluster,
+            backup,
+            made[0],
+            lock,
+            compression_level=compression_level,
+            progress=progress,
+            cancelled=cancelled,
+        )
+    record.committed(catalog, repository, [(manifest, digest)])
+    return manifest
+
+
+def _commit(
+    repository: Repository,
+    cluster: str,
+    backup: BackupId,
+    made: BackupId,
+    lock: Lock,
+    *,
+    compression_level: int,
+    progress: Progress,
+    cancelled: Cancelled,
+) -> tuple[Manifest, str]:
     backups, _ = repository.readable_manifests(cluster)
     chain = chain_of(backups, backup)
     source = chain[-1]
@@ -52,7 +87,6 @@ def synthesize(
             f"{backup} is a full backup already", hint="Name a differential or an incremental."
         )
     repository.check_chain(chain)
-    earlier = repository.backup_ids(cluster)
     view = ChainView(repository, chain)
     frames = repository.writer(compression_level)
     try:
@@ -66,7 +100,7 @@ def synthesize(
         frames.close()
     manifest = replace(
         source,
-        backup_id=new_backup_id(BackupType.FULL, datetime.now(UTC), earlier),
+        backup_id=made,
         type=BackupType.FULL,
         baseline_id=None,
         baseline_hash=None,
@@ -87,9 +121,8 @@ def synthesize(
         phases={},
         root=Root(root.pack, root.size, root.footer),
     )
-    digest = repository.commit(manifest)
-    record.committed(catalog, repository, [(manifest, digest)])
-    return manifest
+    lock.ensure_held()
+    return manifest, repository.commit(manifest)
 
 
 def _fold(

@@ -21,7 +21,9 @@ from dbmodule.manifest import Manifest
 from dbmodule.pgdata.source import LocalDataDirectory
 from dbmodule.pgdata.target import LocalTargetDirectory, staged_name
 from dbmodule.ports import ObjectStore, never_cancelled, no_progress
+from dbmodule.processes import LocalProcesses
 from dbmodule.reports import BackupOptions, RestoreReport, VerifyReport
+from dbmodule.repository.locks import LockTiming
 from dbmodule.repository.repository import Repository
 from dbmodule.restore.run import RestoreRequest, restore
 from dbmodule.verify import verify
@@ -68,10 +70,13 @@ def change_state(root: Path, step: int) -> None:
     (root / f"new.{step - 1}").unlink(missing_ok=True)
 
 
-def back_up(store: ObjectStore, root: Path, kind: BackupType) -> Manifest:
+def back_up(
+    store: ObjectStore, root: Path, kind: BackupType, timing: LockTiming | None = None
+) -> Manifest:
     """One offline backup of the data directory at `root`."""
+    repository = Repository.open(store)
     environment = Environment(
-        repository=Repository.open(store),
+        repository=repository,
         cluster=CLUSTER,
         directory=LocalDataDirectory(root),
         server=None,
@@ -81,6 +86,7 @@ def back_up(store: ObjectStore, root: Path, kind: BackupType) -> Manifest:
         host="",
         threads=2,
         compression_level=1,
+        locks=repository.locks(LocalProcesses(), timing),
     )
     options = BackupOptions(kind, offline=True)
     return take_backup(
