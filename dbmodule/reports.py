@@ -160,6 +160,25 @@ class RestoreReport:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpireReport:
+    """What an expiry has done, or would do."""
+
+    removed: list[str]
+    """Backups, dependents first."""
+    spared: list[str]
+    """Backups that were to go, and stay because others that stay depend on them."""
+    postponed: str
+    """Why nothing was removed this time; empty when nothing was in the way."""
+    packs_condemned: int
+    """No backup needs them any more; a later expiry removes them."""
+    bytes_condemned: int
+    packs_removed: int
+    bytes_removed: int
+    dry_run: bool
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class Damage:
     object: str
     problem: str

@@ -31,7 +31,7 @@ from dbmodule.manifest import Manifest
 from dbmodule.ports import Cancelled, Progress
 from dbmodule.registry import EntryKind
 from dbmodule.reports import Damage, VerifyReport
-from dbmodule.repository import index, pack
+from dbmodule.repository import condemned, index, pack
 from dbmodule.repository.chainview import ChainView
 from dbmodule.repository.document import unseal
 from dbmodule.repository.index import PackRef
@@ -55,10 +55,12 @@ class _Findings:
     bytes_read: int = 0
 
     def check(self, name: str, action: Callable[[], int]) -> None:
-        """Count an object, and note what is wrong with it."""
+        """Count an object that was listed, and note what is wrong with it."""
         self.objects += 1
         try:
             self.bytes_read += action()
+        except ObjectMissingError:
+            self.objects -= 1  # an expiry has removed it since
         except _DAMAGE as error:
             self.damage.append(Damage(name, error.message))
 
@@ -174,7 +176,7 @@ def _check_other_documents(
     """
     store, key = repository.store, repository.key
     own = manifest_name(cluster, BackupId("")).rpartition("/")[0] + "/"
-    for prefix in ("clusters/", "manifests/"):
+    for prefix in ("clusters/", "manifests/", condemned.PREFIX):
         for name in store.list(prefix):
             if name.startswith(own):
                 continue
@@ -231,6 +233,9 @@ def _check_packs(
             return name, 0, None
         try:
             return name, check_pack(repository, name, ref), None
+        except ObjectMissingError as error:
+            # Of those that nothing needs an expiry may have removed some since they were listed.
+            return name, 0, None if ref is None else error.message
         except _DAMAGE as error:
             return name, 0, error.message
 

@@ -7,8 +7,10 @@ remembered, so that faults can be planted at every step.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -65,6 +67,14 @@ class Scene:
         expected = self.known[backup]
         assert mini.restored_contents(target, expected) == expected
 
+    def run_expiry(self, going: Iterable[BackupId], number: int, fault: Fault) -> int:
+        """An expiry in a process of its own, to which a fault happens at step `number`."""
+        arguments = [str(self.base / "repo"), str(number), fault, *going]
+        process = _process("tests.fault.killed_expiry", *arguments)
+        _, errors = process.communicate(timeout=60)
+        assert "Traceback" not in errors, errors
+        return process.returncode
+
     def accept_late_commit(self, before: set[BackupId]) -> None:
         """A backup whose very last answer was lost is a whole one: what happened must be so."""
         for backup in set(Repository.open(self.store).backup_ids(mini.CLUSTER)) - before:
@@ -84,15 +94,10 @@ def scene(stopped_cluster: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     return Scene(stopped_cluster, tmp_path)
 
 
-def backup_process(
-    scene: Scene, kind: BackupType, number: int, fault: Fault, only: str = ""
-) -> subprocess.Popen[str]:
-    """A backup in a process of its own, to which a fault happens at write `number`."""
-    command = [sys.executable, "-m", "tests.fault.killed_backup", str(scene.base / "repo")]
-    command += [str(scene.root), kind, str(number), fault, str(PACK_BYTES), only]
+def _process(*arguments: str) -> subprocess.Popen[str]:
     path = os.pathsep.join([str(REPOSITORY_ROOT), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
-        command,
+        [sys.executable, "-m", *arguments],
         cwd=REPOSITORY_ROOT,
         env={**os.environ, "PYTHONPATH": path},
         stdout=subprocess.PIPE,
@@ -101,8 +106,30 @@ def backup_process(
     )
 
 
-def run_killed(scene: Scene, kind: BackupType, number: int, fault: Fault) -> int:
-    process = backup_process(scene, kind, number, fault)
+def backup_process(
+    scene: Scene, kind: BackupType, number: int, fault: Fault, only: str = ""
+) -> subprocess.Popen[str]:
+    """A backup in a process of its own, to which a fault happens at write `number`."""
+    arguments = [str(scene.base / "repo"), str(scene.root), kind, str(number), fault]
+    return _process("tests.fault.killed_backup", *arguments, str(PACK_BYTES), only)
+
+
+def run_killed(scene: Scene, kind: BackupType, number: int, fault: Fault, only: str = "") -> int:
+    process = backup_process(scene, kind, number, fault, only)
     _, errors = process.communicate(timeout=60)
     assert "Traceback" not in errors, errors
     return process.returncode
+
+
+def await_stop(process: subprocess.Popen[str]) -> None:
+    """Wait until the process has stopped itself."""
+    _, status = os.waitpid(process.pid, os.WUNTRACED)
+    assert os.WIFSTOPPED(status), status
+
+
+def goes_on_and_fails(process: subprocess.Popen[str]) -> str:
+    """Let a stopped process go on; what it says when it fails."""
+    os.kill(process.pid, signal.SIGCONT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    return errors

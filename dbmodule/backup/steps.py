@@ -274,6 +274,8 @@ class Run(ABC):
             )
         for error in unreadable.values():
             log.warning("a backup is passed over: %s", error)
+        for condemned in self.env.repository.condemned_backups(self.env.cluster):
+            backups.pop(condemned, None)
         chosen = choose_baseline(backups, self.options.type, self.options.baseline_id)
         return ancestry.baseline_chain(self.env.repository, backups, chosen)
 

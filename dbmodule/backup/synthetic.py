@@ -19,7 +19,7 @@ from dbmodule.backup import record
 from dbmodule.backup.copying import RelationKey
 from dbmodule.chain import chain_of
 from dbmodule.delta import ZERO_FRAME, Refs, to_extents
-from dbmodule.errors import CancelledError, UsageError
+from dbmodule.errors import BrokenChainError, CancelledError, UsageError
 from dbmodule.ident import BackupId, BackupType, new_backup_id
 from dbmodule.manifest import Manifest, Root
 from dbmodule.ports import Cancelled, Catalog, Progress
@@ -80,6 +80,10 @@ def _commit(
     cancelled: Cancelled,
 ) -> tuple[Manifest, str]:
     backups, _ = repository.readable_manifests(cluster)
+    if backup in repository.condemned_backups(cluster):
+        raise BrokenChainError(
+            f"{backup} is being removed by an expiry", hint="Name a backup that is kept."
+        )
     chain = chain_of(backups, backup)
     source = chain[-1]
     if source.type is BackupType.FULL:

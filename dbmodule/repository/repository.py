@@ -4,7 +4,7 @@
     clusters/NAME.json          which database cluster a name stands for
     manifests/NAME/ID.json      one per committed backup
     packs/xx/…  index/…         see `pack` and `index`
-    locks/…                     see `locks`
+    locks/…  condemned/…        see `locks` and `condemned`
 
 Invariant: a backup exists if and only if its manifest does. Under a manifest's name there may be a
 *tombstone* instead: it keeps a run that was taken for dead from committing that backup.
@@ -32,6 +32,7 @@ from dbmodule.errors import (
 from dbmodule.ident import BackupId, SystemId
 from dbmodule.manifest import Manifest, from_body, to_body
 from dbmodule.ports import ObjectStore, Processes
+from dbmodule.repository.condemned import Condemned
 from dbmodule.repository.document import FORMAT, Documents, seal, unseal
 from dbmodule.repository.frames import FrameReader
 from dbmodule.repository.index import PackRef
@@ -77,6 +78,7 @@ class Repository:
         self.id = repository_id
         self.key = key
         self.documents = Documents(store, key)
+        self.condemned = Condemned(self.documents)
         self.frames = FrameReader(store, key)
 
     # -- opening --------------------------------------------------------------------------------
@@ -255,4 +257,16 @@ class Repository:
         return TableReader(self.frames, PackRef(PackId(root.pack), root.size, root.footer))
 
     def writer(self, compression_level: int) -> FrameWriter:
-        return FrameWriter(self.store, self.key, self.frames, compression_level)
+        """To be made by a run that holds its lock already: see `condemned`."""
+        avoid = {p for s in self.condemned.load() for p in s.packs | s.rewritten}
+        return FrameWriter(
+            self.store, self.key, self.frames, compression_level, avoid, self._condemned_packs
+        )
+
+    def _condemned_packs(self) -> set[PackId]:
+        confirmed = [s for s in self.condemned.load() if s.confirmed_at is not None]
+        return {pack for sentence in confirmed for pack in sentence.packs}
+
+    def condemned_backups(self, cluster: str) -> set[BackupId]:
+        """Backups that are being removed: nothing may be built on them any more."""
+        return {b for s in self.condemned.load() for name, b in s.backups if name == cluster}

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
 import threading
 
 from dbmodule.errors import LockedError
@@ -12,24 +10,10 @@ from dbmodule.ident import BackupId, BackupType
 from dbmodule.repository.locks import LockTiming
 from tests.fault import mini
 from tests.fault.fault_store import Fault
-from tests.fix_scene import Scene, backup_process, run_killed
+from tests.fix_scene import Scene, await_stop, backup_process, goes_on_and_fails, run_killed
 
 QUICK = LockTiming(beat=0.1, expiry=0.6)
 MANIFEST = "manifests/"
-
-
-def await_stop(process: subprocess.Popen[str]) -> None:
-    """Wait until the process has stopped itself."""
-    _, status = os.waitpid(process.pid, os.WUNTRACED)
-    assert os.WIFSTOPPED(status), status
-
-
-def goes_on_and_fails(process: subprocess.Popen[str]) -> str:
-    """Let a stopped process go on; what it says when it fails."""
-    os.kill(process.pid, signal.SIGCONT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 1
-    return errors
 
 
 def test_a_stopped_owner_is_taken_over_and_cannot_commit(scene: Scene) -> None:
