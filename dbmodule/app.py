@@ -33,6 +33,7 @@ from dbmodule.postgres import extension
 from dbmodule.postgres.dsn import check_dsn
 from dbmodule.postgres.names import PsycopgNames
 from dbmodule.postgres.server import PsycopgServer
+from dbmodule.processes import LocalProcesses
 from dbmodule.reports import (
     BackupDetails,
     BackupOptions,
@@ -145,6 +146,7 @@ class App:
             host=host_name(),
             threads=self._config.backup.threads,
             compression_level=self._config.repository.compression_level,
+            locks=repository.locks(LocalProcesses()),
         )
 
     def backups(self) -> list[BackupReport]:
@@ -237,6 +239,7 @@ class App:
             self._catalog_if_reachable(),
             settings.cluster,
             listing.resolve(manifests, backup, unreadable),
+            locks=repository.locks(LocalProcesses()),
             compression_level=settings.compression_level,
             progress=progress,
             cancelled=cancelled,
@@ -261,21 +264,21 @@ class App:
         cluster, policy = self._config.repository.cluster, self._config.retention.policy()
         now = datetime.now(UTC)
         outlook = pruning.look_ahead(repository, cluster, policy, now)
-        if dry_run:
-            return pruning.to_report(outlook, policy, None)
-        if not policy.rules():
-            return pruning.to_report(outlook, policy, ())
+        if not policy.rules() or (dry_run and outlook.unreadable):
+            return pruning.to_report(outlook, policy, None, dry_run=dry_run)
         pruning.refuse_unreadable(outlook, cluster)
-        report = expire(
+        removal = expire(
             repository,
             cluster,
             outlook.removed(),
-            now=now,
+            locks=repository.locks(LocalProcesses()),
+            dry_run=dry_run,
             progress=progress,
             cancelled=cancelled,
         )
-        self._forget([BackupId(backup) for backup in report.removed])
-        return pruning.to_report(outlook, policy, report.removed)
+        if not dry_run:
+            self._forget([BackupId(backup) for backup in removal.removed])
+        return pruning.to_report(outlook, policy, removal, dry_run=dry_run)
 
     def hold(self, backup: str, *, keep_until: str | None = None) -> HoldReport:
         """Keep a backup and its chain whatever the policy says, until a moment or for ever.
@@ -290,10 +293,11 @@ class App:
             zone = self._config.retention.policy().zone
             until = pruning.parse_moment(keep_until, zone, now)
         place_hold(repository, cluster, Hold(chosen, until), now)
-        if chosen not in repository.backup_ids(cluster):
+        condemned = {b for s in repository.condemned.load() for b in s.backups}
+        if chosen not in repository.backup_ids(cluster) or (cluster, chosen) in condemned:
             release_holds(repository, cluster, chosen)
             raise RefusedError(
-                f"backup {chosen} was removed just now", hint="`dbmodule list` shows what is left."
+                f"backup {chosen} is being removed", hint="`dbmodule list` shows what is left."
             )
         return HoldReport(chosen, pruning.FOREVER if until is None else until.isoformat())
 

@@ -1,29 +1,48 @@
-"""Removal of backups: what retention has decided, carried out.
+"""Expiry: removes backups, and what no backup needs any more, beside runs that may begin any time.
 
-A backup exists exactly when its manifest does, so its manifest is what goes. Invariant: a backup
-never loses what it is built on, however this run ends: dependents go first, and nothing goes when
-one that stays needs one that goes.
+Deletion has two phases. What is to go is announced first, then the locks of backups are looked at:
+a backup that began before the announcement is seen, and one that begins after it sees the list and
+does not build on it. Only if there is none is the list confirmed; manifests go at once, packs when
+the list is old. Invariants: no chain is ever broken, whatever is asked for; and as long as one
+manifest cannot be read, nothing is removed, since nobody knows what it needs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
-from datetime import datetime
+import logging
+import time
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
 
 from dbmodule.chain import dependents_of
-from dbmodule.errors import CancelledError, RefusedError
+from dbmodule.errors import (
+    CancelledError,
+    CorruptObjectError,
+    DamageError,
+    ObjectExistsError,
+    ObjectMissingError,
+    RepositoryError,
+)
 from dbmodule.ident import BackupId
 from dbmodule.manifest import Manifest
+from dbmodule.parallel import in_order
 from dbmodule.ports import Cancelled, Progress
+from dbmodule.reports import ExpireReport
+from dbmodule.repository import index
+from dbmodule.repository.condemned import BackupName, Sentence
 from dbmodule.repository.holds import read_holds
+from dbmodule.repository.locks import BACKUP, EXPIRE, Lock, Locks
+from dbmodule.repository.pack import Footer, PackId, name_of
 from dbmodule.repository.repository import Repository, manifest_name
+from dbmodule.repository.usage import needed_packs, stored_packs
 
+log = logging.getLogger(__name__)
 
-@dataclass(frozen=True, slots=True)
-class ExpireReport:
-    removed: list[str] = field(default_factory=list)
-    """Backups that are gone, in the order in which they went."""
+GRACE = 3600.0
+"""Seconds between the announcement and the removal of packs: restores that read them may end."""
+PROBE = "probe/expire"
+_THREADS = 8
 
 
 def expire(
@@ -31,55 +50,281 @@ def expire(
     cluster: str,
     remove: Collection[BackupId],
     *,
-    now: datetime,
+    locks: Locks,
+    grace: float = GRACE,
+    dry_run: bool = False,
     progress: Progress,
     cancelled: Cancelled,
 ) -> ExpireReport:
-    """Remove these backups.
+    """Remove backups of `cluster`, and of the whole repository what nothing needs any more.
 
-    Raises `RefusedError` when one that stays is built on one of them, or when one of them was held
-    since it was decided.
+    Raises `LockedError` when another expiry is at work, `DamageError` when a backup that stays
+    cannot be read, and `RepositoryError` when the store refuses to delete; nothing was removed
+    then. Packs are removed by a later call, `grace` seconds or more after this one.
     """
-    manifests, unreadable = repository.readable_manifests(cluster)
-    if remove and unreadable:
-        raise RefusedError(
-            f"the manifest of backup {min(unreadable)} cannot be read, and it may be built on one"
-            " of those that are to be removed",
-            hint="`dbmodule verify` says what is wrong with it.",
+    expiry = _Expiry(repository, cluster, remove, locks, progress, cancelled)
+    if dry_run:
+        expiry.rehearse()
+    else:
+        expiry.carry_out(timedelta(seconds=max(grace, 2 * locks.timing.expiry)))
+    return expiry.report(dry_run)
+
+
+class _Expiry:
+    def __init__(
+        self,
+        repository: Repository,
+        cluster: str,
+        remove: Collection[BackupId],
+        locks: Locks,
+        progress: Progress,
+        cancelled: Cancelled,
+    ) -> None:
+        self._repository = repository
+        self._store = repository.store
+        self._condemned = repository.condemned
+        self._cluster = cluster
+        self._wanted = set(remove)
+        self._locks = locks
+        self._progress = progress
+        self._cancelled = cancelled
+        self._began = time.monotonic()
+        self._removed: list[str] = []
+        self._spared: list[str] = []
+        self._postponed = ""
+        self._counted = {"condemned": (0, 0), "removed": (0, 0)}
+
+    def report(self, dry_run: bool) -> ExpireReport:
+        return ExpireReport(
+            removed=self._removed,
+            spared=self._spared,
+            postponed=self._postponed,
+            packs_condemned=self._counted["condemned"][0],
+            bytes_condemned=self._counted["condemned"][1],
+            packs_removed=self._counted["removed"][0],
+            bytes_removed=self._counted["removed"][1],
+            dry_run=dry_run,
+            seconds=round(time.monotonic() - self._began, 3),
         )
-    order = _dependents_first(manifests, remove)
-    held = [hold.backup_id for hold in read_holds(repository, cluster) if hold.in_force(now)]
-    for backup in order:
-        if backup in held:
-            raise RefusedError(
-                f"backup {backup} is not removed: it is held", hint="Run `dbmodule expire` again."
-            )
-    removed: list[str] = []
-    for backup in order:
-        if cancelled():
-            raise CancelledError(
-                f"expire was cancelled; {len(removed)} of {len(order)} backups were removed",
-                hint="What is left is whole. Run it again to go on.",
-            )
-        repository.store.delete(manifest_name(cluster, backup))
-        removed.append(backup)
-        progress("remove", len(removed), len(order))
-    return ExpireReport(removed)
+
+    def rehearse(self) -> None:
+        """Find out what would go; nothing is written or locked."""
+        order, packs = self._choose()
+        self._removed = [str(backup) for _, backup in order]
+        self._count("condemned", packs)
+
+    def carry_out(self, grace: timedelta) -> None:
+        with self._locks.acquire(EXPIRE, list, cancelled=self._cancelled) as lock:
+            self._check_deletion()
+            self._condemned.tidy()
+            for sentence in self._condemned.load():
+                if sentence.confirmed_at is None:
+                    self._condemned.withdraw(sentence)
+                else:
+                    self._remove_manifests(lock, sentence)
+            self._sweep(lock, grace)
+            quiet = self._settle_backups()
+            if quiet is not None:
+                self._condemn(lock, quiet)
+
+    # -- may anything be removed? ---------------------------------------------------------------
+
+    def _check_deletion(self) -> None:
+        """Raise `RepositoryError` if the store does not delete, before anything else is done."""
+        try:
+            with suppress(ObjectExistsError):
+                self._store.put_new(PROBE, [])
+            self._store.delete(PROBE)
+            self._store.size(PROBE)
+        except ObjectMissingError:
+            return
+        except RepositoryError as error:
+            raise _no_deletion(self._store.url, str(error)) from error
+        raise _no_deletion(self._store.url, "a removed object is still there")
+
+    def _settle_backups(self) -> dict[str, int] | None:
+        """The last epoch of each cluster's backups, none of which runs; None when one does.
+
+        Backups of dead runs are revoked.
+        """
+        running = []
+        for name in self._locks.epochs(BACKUP):
+            _, owner = self._locks.settle(name, self._cancelled)
+            if owner is not None:
+                running.append(f"{name.removeprefix(BACKUP)} ({owner})")
+        quiet = self._epochs()
+        if quiet is None or running:
+            what = ", ".join(running) or "one that has just begun"
+            self._postponed = f"a backup runs: {what}; the next expiry removes what is to go"
+            log.warning("nothing is condemned: %s", self._postponed)
+            return None
+        return quiet
+
+    def _epochs(self) -> dict[str, int] | None:
+        """None when a backup runs."""
+        epochs = self._locks.epochs(BACKUP)
+        if not all(epoch.ended for epoch in epochs.values()):
+            return None
+        return {name: epoch.number for name, epoch in epochs.items()}
+
+    # -- what is to go --------------------------------------------------------------------------
+
+    def _manifests(self, leaving: Collection[BackupName] = ()) -> dict[BackupName, Manifest]:
+        """All backups of all clusters but those that are `leaving`; raises `DamageError`."""
+        found: dict[BackupName, Manifest] = {}
+        for cluster in self._repository.clusters():
+            readable, unreadable = self._repository.readable_manifests(cluster)
+            for backup, error in unreadable.items():
+                if (cluster, backup) not in leaving:
+                    raise _damage(error)
+            found.update({(cluster, backup): m for backup, m in readable.items()})
+        return found
+
+    def _choose(self) -> tuple[list[BackupName], set[PackId]]:
+        """Backups to remove, dependents first, and the packs that nothing needs without them."""
+        wanted = {(self._cluster, backup) for backup in self._wanted}
+        manifests = self._manifests(wanted)
+        own = {backup: m for (cluster, backup), m in manifests.items() if cluster == self._cluster}
+        there = self._wanted & set(self._repository.backup_ids(self._cluster))
+        chosen = {b for b in there if self._wanted.issuperset(dependents_of(own, b))}
+        self._spared = sorted(there - chosen)
+        for backup in self._spared:
+            log.warning("backup %s stays: backups that are kept depend on it", backup)
+        going = [(self._cluster, backup) for backup in _dependents_first(own, chosen)]
+        staying = [m for name, m in manifests.items() if name not in going]
+        condemned = {p for s in self._condemned.load() for p in s.packs | s.rewritten}
+        return going, stored_packs(self._repository) - self._needed(staying) - condemned
+
+    def _needed(self, manifests: Iterable[Manifest]) -> set[PackId]:
+        try:
+            return needed_packs(self._repository, manifests)
+        except CorruptObjectError as error:
+            raise _damage(error) from error
+
+    # -- the first phase ------------------------------------------------------------------------
+
+    def _condemn(self, lock: Lock, quiet: Mapping[str, int]) -> None:
+        """Announce what is to go, and if still no backup runs remove the manifests."""
+        order, packs = self._choose()
+        if not order and not packs:
+            return
+        sentence = self._condemned.announce(order, packs)
+        if self._epochs() != quiet:
+            self._condemned.withdraw(sentence)
+            self._postponed = "a backup has begun; the next expiry removes what is to go"
+            return
+        if held := self._held(order):
+            self._condemned.withdraw(sentence)
+            self._postponed = f"backup {held} was held just now: run expire again"
+            return
+        self._count("condemned", packs)
+        lock.ensure_held()
+        self._remove_manifests(lock, self._condemned.confirm(sentence))
+
+    def _held(self, order: Iterable[BackupName]) -> BackupId | None:
+        """One of the announced backups that is held: a hold sees the sentence or is seen here."""
+        holds = read_holds(self._repository, self._cluster)
+        held = {h.backup_id for h in holds if h.in_force(datetime.now(UTC))}
+        going = (b for cluster, b in order if cluster == self._cluster and b in held)
+        return next(going, None)
+
+    def _remove_manifests(self, lock: Lock, sentence: Sentence) -> None:
+        there = {
+            (cluster, backup)
+            for cluster in {cluster for cluster, _ in sentence.backups}
+            for backup in self._repository.backup_ids(cluster)
+        }
+        for cluster, backup in sentence.backups:
+            if (cluster, backup) in there:
+                lock.ensure_held()
+                self._store.delete(manifest_name(cluster, backup))
+                self._removed.append(str(backup))
+
+    # -- the second phase -----------------------------------------------------------------------
+
+    def _sweep(self, lock: Lock, grace: timedelta) -> None:
+        """Remove the packs of sentences that are old, unless something needs them after all."""
+        now = datetime.now(UTC)
+        old = [
+            sentence
+            for sentence in self._condemned.load()
+            if sentence.confirmed_at is not None and now - sentence.confirmed_at >= grace
+        ]
+        if not old:
+            return
+        needed = self._needed(self._manifests().values())
+        there = stored_packs(self._repository)
+        packs = {p for s in old for p in s.packs | s.rewritten}
+        going = packs & there - needed
+        self._count("removed", going)
+        self._remove_packs(lock, going)
+        self._clean_index(lock, packs - needed)
+        for sentence in old:
+            self._condemned.finish(sentence)
+
+    def _remove_packs(self, lock: Lock, packs: Collection[PackId]) -> None:
+        def remove(pack: PackId) -> None:
+            if self._cancelled():
+                raise CancelledError("the expiry was cancelled")
+            lock.ensure_held()
+            self._store.delete(name_of(pack))
+
+        removals = in_order(remove, sorted(packs), threads=_THREADS, name="expire")
+        for done, _ in enumerate(removals, 1):
+            self._progress("packs", done, len(packs))
+
+    def _clean_index(self, lock: Lock, gone: Collection[PackId]) -> None:
+        """Write segments that list packs which are `gone` anew without them.
+
+        An entry that leads nowhere would hide one that does not.
+        """
+        for name in list(self._store.list(index.PREFIX)):
+            try:
+                listed = index.packs_of(self._store, name)
+            except CorruptObjectError as error:
+                log.warning("a segment of the index is left as it is: %s", error)
+                continue
+            if all(ref.pack not in gone for ref in listed):
+                continue
+            footers: list[Footer] = []
+            for ref in listed:
+                if ref.pack not in gone:
+                    with suppress(ObjectMissingError, CorruptObjectError):
+                        footers.append(self._repository.frames.footer(ref))
+            if footers:
+                new, chunks = index.encode(footers, self._repository.key)
+                with suppress(ObjectExistsError):
+                    self._store.put_new(new, chunks)
+            lock.ensure_held()
+            self._store.delete(name)
+
+    def _count(self, what: str, packs: Collection[PackId]) -> None:
+        def size(pack: PackId) -> int:
+            with suppress(ObjectMissingError):
+                return self._store.size(name_of(pack))
+            return 0
+
+        sizes = in_order(size, sorted(packs), threads=_THREADS, name="sizes")
+        self._counted[what] = len(packs), sum(found for _, found in sizes)
 
 
 def _dependents_first(
-    manifests: Mapping[BackupId, Manifest], remove: Collection[BackupId]
+    backups: Mapping[BackupId, Manifest], chosen: Collection[BackupId]
 ) -> list[BackupId]:
-    depths: dict[BackupId, int] = {}
-    for backup in remove:
-        if backup not in manifests:
-            continue
-        dependents = dependents_of(manifests, backup)
-        staying = [dependent for dependent in dependents if dependent not in remove]
-        if staying:
-            raise RefusedError(
-                f"backup {backup} is not removed: {staying[0]}, which stays, is built on it",
-                hint="Remove both, or keep both.",
-            )
-        depths[backup] = len(dependents)
-    return sorted(depths, key=lambda backup: (depths[backup], backup))
+    """`chosen` in an order in which each comes after all that depend on it."""
+    return sorted(chosen, key=lambda b: (len(dependents_of(backups, b)), b))
+
+
+def _no_deletion(url: str, reason: str) -> RepositoryError:
+    return RepositoryError(
+        f"{url} does not delete: {reason}",
+        hint="Nothing was removed. Expire with credentials that may delete, and without a lock on"
+        " objects that is still running.",
+    )
+
+
+def _damage(error: Exception) -> DamageError:
+    return DamageError(
+        f"nothing is removed, since it is not known what a damaged backup needs: {error}",
+        hint="Run `dbmodule verify` to see all damage.",
+    )

@@ -49,6 +49,32 @@ class ObjectStore(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class ProcessIdentity:
+    """Tells one process from all others, on any host, as the owner of a lock."""
+
+    host: str
+    """For people."""
+    boot_id: str
+    namespace: str
+    """Within which `pid` means something."""
+    pid: int
+    started: int
+    """In a unit of the host's own, 0 where it is not known: numbers of processes are used again."""
+
+
+class Processes(Protocol):
+    """This process, and what can be known of others."""
+
+    def me(self) -> ProcessIdentity: ...
+
+    def runs(self, other: ProcessIdentity) -> bool | None:
+        """True: it is at work. False: it has ended. None: that cannot be known from here, or it
+        is there but stopped.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
 class ServerIdentity:
     """Which server this is and how it is set, as far as a backup depends on it."""
 

@@ -20,7 +20,7 @@ from dbmodule.errors import (
 )
 from dbmodule.ident import BackupId
 from dbmodule.manifest import Manifest
-from dbmodule.reports import RetentionDecision, RetentionReport
+from dbmodule.reports import ExpireReport, RetentionDecision, RetentionReport
 from dbmodule.repository.holds import read_holds
 from dbmodule.repository.repository import Repository, manifest_name
 from dbmodule.retention import Decision, Hold, Policy, plan
@@ -78,13 +78,15 @@ def refuse_unreadable(outlook: Outlook, cluster: str) -> None:
         )
 
 
-def to_report(outlook: Outlook, policy: Policy, removed: Iterable[str] | None) -> RetentionReport:
-    """The plan for people and scripts; `removed` is None when it was not carried out."""
+def to_report(
+    outlook: Outlook, policy: Policy, removal: ExpireReport | None, *, dry_run: bool
+) -> RetentionReport:
+    """The plan for people and scripts, with what came of it."""
     return RetentionReport(
-        dry_run=removed is None,
+        dry_run=dry_run,
         policy=policy.rules(),
         decisions=[_decision(d, outlook.manifests.get(d.backup_id)) for d in outlook.decisions],
-        removed=sorted(removed or ()),
+        removal=removal,
         hint="" if policy.rules() else HOW_TO,
     )
 

@@ -163,6 +163,25 @@ class RestoreReport:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpireReport:
+    """What an expiry has done, or would do."""
+
+    removed: list[str]
+    """Backups, dependents first."""
+    spared: list[str]
+    """Backups that were to go, and stay because others that stay depend on them."""
+    postponed: str
+    """Why nothing was removed this time; empty when nothing was in the way."""
+    packs_condemned: int
+    """No backup needs them any more; a later expiry removes them."""
+    bytes_condemned: int
+    packs_removed: int
+    bytes_removed: int
+    dry_run: bool
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class Damage:
     object: str
     problem: str
@@ -213,7 +232,8 @@ class RetentionReport:
     policy: Mapping[str, int]
     """Name of a rule → number; empty = nothing is ever removed."""
     decisions: list[RetentionDecision]
-    removed: list[str]
+    removal: ExpireReport | None
+    """None when there was nothing to carry out: no policy, or a manifest that cannot be read."""
     hint: str
     """How to configure a policy where there is none; else empty."""
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -37,13 +37,18 @@ from dbmodule.parallel import batches, in_order
 from dbmodule.ports import Cancelled, Progress
 from dbmodule.registry import EntryKind
 from dbmodule.reports import Damage, VerifyLevel, VerifyReport
-from dbmodule.repository import index, pack
+from dbmodule.repository import condemned, index, pack
 from dbmodule.repository.chainview import ChainView
 from dbmodule.repository.document import unseal
 from dbmodule.repository.holds import PREFIX as HOLDS
 from dbmodule.repository.holds import read_hold
 from dbmodule.repository.index import PackRef
-from dbmodule.repository.repository import Repository, cluster_document, manifest_name
+from dbmodule.repository.repository import (
+    Repository,
+    RevokedError,
+    cluster_document,
+    manifest_name,
+)
 from dbmodule.repository.tables import FileEntry
 
 SOUND = "sound"
@@ -61,10 +66,12 @@ class _Findings:
     known_corrupt: int = 0
 
     def check(self, name: str, action: Callable[[], int]) -> None:
-        """Count an object, and note what is wrong with it."""
+        """Count an object that was listed, and note what is wrong with it."""
         self.objects += 1
         try:
             self.bytes_read += action()
+        except ObjectMissingError:
+            self.objects -= 1  # an expiry has removed it since
         except _DAMAGE as error:
             self.damage.append(Damage(name, error.message))
 
@@ -153,10 +160,11 @@ def _manifests(
     repository: Repository, cluster: str, findings: _Findings
 ) -> dict[BackupId, Manifest]:
     found: dict[BackupId, Manifest] = {}
-    for backup in repository.backup_ids(cluster):
+    for backup in repository.taken_ids(cluster):
 
         def load(backup: BackupId = backup) -> int:
-            found[backup], _ = repository.manifest(cluster, backup)
+            with suppress(RevokedError):
+                found[backup], _ = repository.manifest(cluster, backup)
             return repository.store.size(manifest_name(cluster, backup))
 
         findings.check(manifest_name(cluster, backup), load)
@@ -188,7 +196,7 @@ def _check_other_documents(repository: Repository, cluster: str, findings: _Find
     """Documents but this cluster's manifests; `repository.json` was read already."""
     store, key = repository.store, repository.key
     own = manifest_name(cluster, BackupId("")).rpartition("/")[0] + "/"
-    for prefix in ("clusters/", "manifests/"):
+    for prefix in ("clusters/", "manifests/", condemned.PREFIX):
         for name in store.list(prefix):
             if name.startswith(own):
                 continue
@@ -258,6 +266,9 @@ def _check_packs(
             return name, 0, None
         try:
             return name, check(repository, name, ref), None
+        except ObjectMissingError as error:
+            # Of those that nothing needs an expiry may have removed some since they were listed.
+            return name, 0, None if ref is None else error.message
         except _DAMAGE as error:
             return name, 0, error.message
 

@@ -104,6 +104,11 @@ def check(name: str, data: bytes, key: bytes) -> list[PackRef]:
     return _Segment.parse_packs(name, data)
 
 
+def packs_of(store: ObjectStore, name: str) -> list[PackRef]:
+    """The packs that a segment lists; `CorruptObjectError`, `ObjectMissingError`."""
+    return _Segment(store, name).packs
+
+
 class _Segment:
     """One segment, read shard by shard."""
 

@@ -7,10 +7,9 @@ their frames in the index, so interrupted work is not lost.
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -36,6 +35,7 @@ from dbmodule.repository.pack import (
     MAX_FRAMES,
     Footer,
     PackBuilder,
+    PackId,
     keyed,
     name_of,
     page_slices,
@@ -61,12 +61,28 @@ class FrameWriter:
     PACK_BYTES = 32 << 20
     UPLOADS = 2
     INDEX_ENTRIES = 1 << 20
-    """A segment is written whenever this many new entries have become durable."""
+    """A segment is written whenever this many new entries have become durable,"""
+    INDEX_PACKS = 2
+    """or so many packs, and a twentieth of all so far: but for such a part the next run finds what
+    a killed one has stored, and however long a run is it makes few segments."""
     RECENT = 1 << 17
     """Bound on the frames and pages of this very backup that are remembered for deduplication."""
 
-    def __init__(self, store: ObjectStore, key: bytes, reader: FrameReader, level: int) -> None:
+    def __init__(
+        self,
+        store: ObjectStore,
+        key: bytes,
+        reader: FrameReader,
+        level: int,
+        avoid: Collection[PackId] = (),
+        condemned: Callable[[], Collection[PackId]] = tuple,
+    ) -> None:
+        """Packs to `avoid` are not found again; none in `condemned`, which is asked at the end,
+        may be referred to.
+        """
         self._store = store
+        self._avoid = avoid
+        self._condemned = condemned
         self._key = key
         self._reader = reader
         self._level = level
@@ -82,6 +98,7 @@ class FrameWriter:
         self._slots = threading.BoundedSemaphore(self.UPLOADS + 1)
         self._pending: list[Future[Footer]] = []
         self._unindexed: list[Footer] = []
+        self._stored = 0
         self.counts = WriteCounts()
 
     # -- intake ---------------------------------------------------------------------------------
@@ -150,7 +167,7 @@ class FrameWriter:
         if recent is not None:
             return recent
         hit = self._index.find(digest, whole=whole)
-        if hit is None:
+        if hit is None or hit.pack.pack in self._avoid:
             return None
         try:
             footer = self._reader.footer(hit.pack)
@@ -236,16 +253,11 @@ class FrameWriter:
     def _put(self, ordinal: int, builder: PackBuilder) -> Footer:
         try:
             chunks, footer = builder.seal(self._key)
-            name = name_of(footer.pack)
-            try:
-                self._store.put_new(name, chunks)
-            except ObjectExistsError:
-                # The same frames in the same order: a run before this one wrote them.
-                if self._store.size(name) != footer.object_size:
-                    raise
+            self._store.put_new(name_of(footer.pack), chunks)
             with self._lock:
                 self._packs[ordinal] = PackRef(footer.pack, footer.object_size, footer.length)
                 self._unindexed.append(footer)
+                self._stored += 1
                 self.counts.bytes_stored += footer.object_size
             return footer
         finally:
@@ -257,14 +269,18 @@ class FrameWriter:
             self._pending = [future for future in self._pending if not future.done()]
         for future in done:
             future.result()
-        self._write_index(at_least=self.INDEX_ENTRIES)
-
-    def _write_index(self, at_least: int) -> None:
         with self._lock:
             entries = sum(len(f.entries) + len(f.page_hashes) for f in self._unindexed)
-            if not self._unindexed or entries < at_least:
-                return
+            packs = len(self._unindexed)
+            due = packs >= max(self.INDEX_PACKS, self._stored // 20)
+        if due or entries >= self.INDEX_ENTRIES:
+            self._write_index()
+
+    def _write_index(self) -> None:
+        with self._lock:
             footers, self._unindexed = self._unindexed, []
+        if not footers:
+            return
         name, chunks = index.encode(footers, self._key)
         try:
             size = self._store.put_new(name, chunks)
@@ -283,7 +299,7 @@ class FrameWriter:
             pending = list(self._pending)
         for future in pending:
             future.result()
-        self._write_index(at_least=1)
+        self._write_index()
         with self._lock:
             packs = [pack for pack in self._packs if pack is not None]
             if len(packs) != len(self._packs):
@@ -296,16 +312,23 @@ class FrameWriter:
         stored, encoding = self._compress(raw)
         builder.add(stored, len(raw), encoding, keyed(self._key, raw), b"")
         chunks, footer = builder.seal(self._key)
-        with contextlib.suppress(ObjectExistsError):
-            self.counts.bytes_stored += self._store.put_new(name_of(footer.pack), chunks)
+        self.counts.bytes_stored += self._store.put_new(name_of(footer.pack), chunks)
         return PackRef(footer.pack, footer.object_size, footer.length)
 
     def check_references(self) -> None:
-        """Are the packs that earlier backups wrote and this one refers to still there, whole?
+        """Are the packs that earlier backups wrote and this one refers to still there, whole, and
+        none of them condemned?
 
         Raises `RepositoryError`; to be asked after `flush` and before the manifest is written.
         """
+        condemned = self._condemned()
         for pack in self._packs:
+            if pack is not None and pack.pack in condemned:
+                raise RepositoryError(
+                    f"{name_of(pack.pack)} was condemned by an expiry while this run referred to"
+                    " it",
+                    hint="Run the backup again; if that happens twice, report it.",
+                )
             if pack is not None and pack.pack in self._ordinals:
                 name = name_of(pack.pack)
                 if self._store.size(name) != pack.size:

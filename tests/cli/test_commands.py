@@ -165,17 +165,22 @@ def test_expire_shows_what_becomes_of_each_backup_and_why(
     text = dbmodule("expire").out
     assert re.search(rf"^{FULL} +removed +no rule keeps it$", text, re.MULTILINE)
     assert re.search(rf"^{DIFF} +keep +keep_last = 1; held until 2027$", text, re.MULTILINE)
-    assert text.endswith("1 backups were removed.\n")
+    assert "1 backups were removed. 1.0 MB are no longer needed" in text
     report = app.answers["expire"]
-    app.answers["expire"] = dataclasses.replace(report, dry_run=True, removed=[])
+    app.answers["expire"] = dataclasses.replace(report, dry_run=True)
     text = dbmodule("expire", "--dry-run").out
     assert re.search(rf"^{FULL} +remove +no rule", text, re.MULTILINE)
     assert "Nothing was removed" in text
     assert [arguments["dry_run"] for _, arguments in app.calls] == [False, True]
     app.answers["expire"] = dataclasses.replace(
-        report, policy={}, decisions=[], removed=[], hint="Set [retention]."
+        report, policy={}, decisions=[], removal=None, hint="Set [retention]."
     )
     assert "nothing is removed. Set [retention]." in dbmodule("expire").out
+    postponed = dataclasses.replace(report.removal, removed=[], postponed="a backup runs")
+    app.answers["expire"] = dataclasses.replace(report, removal=postponed)
+    text = dbmodule("expire").out
+    assert "Nothing was removed: a backup runs." in text
+    assert re.search(rf"^{FULL} +remove +no rule", text, re.MULTILINE)
 
 
 def test_hold_and_release(dbmodule: Dbmodule, app: type[App]) -> None:

@@ -86,6 +86,7 @@ def test_the_error_document_is_json() -> None:
         ("verify", reports.VerifyReport),
         ("expire", reports.RetentionReport),
         ("expire", reports.RetentionDecision),
+        ("expire", reports.ExpireReport),
         ("hold", reports.HoldReport),
         ("release", reports.ReleaseReport),
         ("verify", reports.Damage),

@@ -96,11 +96,11 @@ class Reader:
         expect(48 + 44 * frames + 16 * hashes == length, "length of the footer")
         expect(body_length + length + 16 == size, "size of the pack")
         expect(self.hash(self.read(pack, 0, body_length)) == body_hash, "hash of the body")
-        header = self.read(pack, 0, 16)
-        expect(header == b"DBMPACK1" + struct.pack("<II", 1, 0), "header")
+        header = self.read(pack, 0, 32)
+        expect(header[:16] == b"DBMPACK1" + struct.pack("<II", 1, 0), "header")
         trailer = self.read(pack, size - 16, 16)
         expect(trailer == struct.pack("<II8s", length, 1, b"DBMPKEND"), "trailer")
-        found, offset, at = [], 16, 48 + 44 * frames
+        found, offset, at = [], 32, 48 + 44 * frames
         for number in range(frames):
             stored, raw, encoding, pages, zero, digest = struct.unpack_from(
                 "<IIBBH32s", data, 48 + 44 * number

@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 from zoneinfo import ZoneInfo
 
 import pytest
 
 from dbmodule.app import App
 from dbmodule.config import Config, RepositorySection, RetentionSection, ServerSection
-from dbmodule.errors import CancelledError, DbmoduleError, RefusedError, UsageError
-from dbmodule.expire import expire
+from dbmodule.errors import DbmoduleError, RefusedError, UsageError
 from dbmodule.ident import BackupId, BackupType
-from dbmodule.ports import never_cancelled, no_progress
 from dbmodule.pruning import holds_in_force, parse_moment
+from dbmodule.reports import RetentionReport
+from dbmodule.repository.condemned import Condemned, Sentence
 from dbmodule.repository.document import seal
 from dbmodule.repository.holds import read_holds
 from dbmodule.repository.repository import Repository
@@ -35,6 +36,12 @@ def stopped(clusters: Clusters) -> Path:
     cluster = clusters.at(clusters.directory() / "data", 18)
     cluster.init(wal_segsize_mb=1, extra_args=["--no-sync"])
     return cluster.datadir
+
+
+def removed(report: RetentionReport) -> list[str]:
+    assert report.removal is not None
+    assert report.removal.postponed == ""
+    return sorted(report.removal.removed)
 
 
 class Shelf:
@@ -84,22 +91,22 @@ def test_what_the_policy_does_not_keep_goes_and_the_rest_restores(
 ) -> None:
     app = shelf.app(keep_chains=1)
     planned = app.expire(dry_run=True)
-    assert (planned.dry_run, planned.removed) == (True, [])
+    assert (planned.dry_run, removed(planned)) == (True, shelf.ids[:3])
     assert [d.keep for d in planned.decisions] == [False, False, False, True, True]
     assert shelf.there() == shelf.ids
     done = app.expire()
-    assert (done.dry_run, done.removed) == (False, shelf.ids[:3])
+    assert (done.dry_run, removed(done)) == (False, shelf.ids[:3])
     assert done.decisions == planned.decisions
     assert shelf.there() == shelf.ids[3:]
     assert app.verify(None).status == "sound"
     for backup in shelf.ids[3:]:
         mini.restore_to(shelf.repository.store, backup, tmp_path / backup)
-    assert app.expire().removed == []
+    assert removed(app.expire()) == []
 
 
 def test_without_a_policy_nothing_goes_and_the_way_to_one_is_shown(shelf: Shelf) -> None:
     report = shelf.app().expire()
-    assert (report.policy, report.removed, shelf.there()) == ({}, [], shelf.ids)
+    assert (report.policy, report.removal, shelf.there()) == ({}, None, shelf.ids)
     assert "[retention]" in report.hint
     assert all(d.keep for d in report.decisions)
 
@@ -110,11 +117,11 @@ def test_a_held_backup_stays_with_its_chain_until_it_is_released(shelf: Shelf) -
     assert held.hold == "forever"
     assert {b.backup_id: b.hold for b in app.backups()}[shelf.ids[1]] == "forever"
     assert app.show(shelf.ids[1]).backup.hold == "forever"
-    assert app.expire().removed == [shelf.ids[2]]
+    assert removed(app.expire()) == [shelf.ids[2]]
     assert app.release(shelf.ids[1]).released == 1
     assert app.backups()[0].hold is None
     assert shelf.hold_files() == []
-    assert app.expire().removed == shelf.ids[:2]
+    assert removed(app.expire()) == shelf.ids[:2]
 
 
 def test_another_hold_takes_the_place_of_the_first_and_changes_no_object(shelf: Shelf) -> None:
@@ -211,7 +218,7 @@ def test_a_manifest_that_cannot_be_read_stops_expire(shelf: Shelf) -> None:
     assert shelf.manifest(2).name in caught.value.hint
     assert shelf.there() == shelf.ids
     shelf.manifest(2).unlink()
-    assert app.expire().removed == shelf.ids[:2]
+    assert removed(app.expire()) == shelf.ids[:2]
 
 
 def test_a_backup_whose_baseline_was_replaced_does_not_count(shelf: Shelf) -> None:
@@ -226,34 +233,36 @@ def test_a_backup_whose_baseline_was_replaced_does_not_count(shelf: Shelf) -> No
     assert [d.keep for d in decisions] == [False, False, False, True, True]
 
 
-def test_the_executor_never_takes_a_baseline_away(shelf: Shelf) -> None:
-    def remove(*which: int) -> list[str]:
-        ids = [shelf.ids[position] for position in which]
-        return expire(
-            shelf.repository,
-            mini.CLUSTER,
-            ids,
-            now=datetime.now(UTC),
-            progress=no_progress,
-            cancelled=never_cancelled,
-        ).removed
+def test_a_hold_that_comes_while_an_expiry_is_at_work_wins_or_is_refused(
+    shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    announce = Condemned.announce
+    app = shelf.app(keep_chains=1)
 
-    with pytest.raises(RefusedError, match=shelf.ids[2]):
-        remove(0, 1)
-    shelf.app().hold(shelf.ids[2])
-    with pytest.raises(RefusedError, match="held"):
-        remove(0, 1, 2)
+    def before(self: Condemned, *what: Any) -> Sentence:
+        app.hold(shelf.ids[1])
+        return announce(self, *what)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Condemned, "announce", before)
+        report = app.expire()
+    assert report.removal is not None
+    assert shelf.ids[1] in report.removal.postponed
     assert shelf.there() == shelf.ids
-    shelf.app().release(shelf.ids[2])
-    assert remove(0, 1, 2) == [shelf.ids[2], shelf.ids[1], shelf.ids[0]]
+    assert shelf.repository.condemned.load() == []
+    assert removed(app.expire()) == [shelf.ids[2]], "the chain of what is held stays"
+    app.release(shelf.ids[1])
 
+    def after(self: Condemned, *what: Any) -> Sentence:
+        sentence = announce(self, *what)
+        with pytest.raises(RefusedError, match="is being removed"):
+            app.hold(shelf.ids[1])
+        return sentence
 
-def test_a_stop_in_between_leaves_whole_chains(shelf: Shelf) -> None:
-    answers = iter([False, True])
-    with pytest.raises(CancelledError):
-        shelf.app(keep_last=1).expire(cancelled=lambda: next(answers))
-    assert shelf.there() == [*shelf.ids[:2], *shelf.ids[3:]]
-    assert shelf.app().verify(None).status == "sound"
+    with monkeypatch.context() as patch:
+        patch.setattr(Condemned, "announce", after)
+        assert removed(app.expire()) == shelf.ids[:2]
+    assert shelf.hold_files() == []
 
 
 def test_holds_of_another_cluster_are_its_own(shelf: Shelf) -> None:
@@ -266,8 +275,7 @@ def test_removed_backups_leave_the_sql_catalog(make_site: SiteFactory, pg_major:
     old = [site.full(), site.diff(), site.incr()]
     new = site.full()
     app = _with_policy(site, keep_chains=1)
-    removed = app.expire().removed
-    assert removed == [backup.backup_id for backup in old]
+    assert removed(app.expire()) == [backup.backup_id for backup in old]
     assert _recorded(site) == [new.backup_id]
     assert site.cluster.scalar("SELECT count(*) FROM dbmodule.backup_dependency") == 0
 
@@ -279,7 +287,7 @@ def test_a_catalog_that_cannot_be_reached_does_not_stop_expire(
     old, new = site.full(), site.full()
     site.cluster.stop("fast")
     app = _with_policy(site, keep_last=1)
-    assert app.expire().removed == [old.backup_id]
+    assert removed(app.expire()) == [old.backup_id]
     assert "SQL catalog" in caplog.text
     site.cluster.start()
     assert _recorded(site) == [old.backup_id, new.backup_id]

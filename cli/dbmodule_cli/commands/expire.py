@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import click
 
-from dbmodule.reports import RetentionReport
+from dbmodule.reports import RetentionDecision, RetentionReport
+from dbmodule_cli import humane
 from dbmodule_cli.command import Command
 from dbmodule_cli.invocation import Invocation, as_document, pass_invocation
 from dbmodule_cli.output import Printer
@@ -31,22 +34,36 @@ def command(invocation: Invocation, dry_run: bool) -> None:
     invocation.report(as_document(report), lambda printer: _show(printer, report))
 
 
+def _decision(decision: RetentionDecision, gone: Collection[str]) -> str:
+    if decision.keep:
+        return "keep"
+    return "removed" if decision.backup_id in gone else "remove"
+
+
 def _show(printer: Printer, report: RetentionReport) -> None:
     if report.decisions:
-        removing = "remove" if report.dry_run else "removed"
+        gone = [] if report.removal is None or report.dry_run else report.removal.removed
         printer.table(
             ("backup", "decision", "why"),
-            [
-                (d.backup_id, "keep" if d.keep else removing, "; ".join(d.reasons))
-                for d in report.decisions
-            ],
+            [(d.backup_id, _decision(d, gone), "; ".join(d.reasons)) for d in report.decisions],
         )
     else:
         printer.line("no backups yet; take one with: dbmodule backup full")
     if report.hint:
         printer.line(f"No retention policy is configured: nothing is removed. {report.hint}")
+    removal = report.removal
+    if removal is None:
+        return
+    if removal.postponed:
+        printer.line(f"Nothing was removed: {removal.postponed}.")
     elif report.dry_run:
-        count = sum(not d.keep for d in report.decisions)
-        printer.line(f"Nothing was removed: without --dry-run {count} backups would be.")
+        printer.line(
+            f"Nothing was removed: without --dry-run {len(removal.removed)} backups would be, and"
+            f" {humane.size(removal.bytes_condemned)} would no longer be needed."
+        )
     else:
-        printer.line(f"{len(report.removed)} backups were removed.")
+        printer.line(
+            f"{len(removal.removed)} backups were removed. {humane.size(removal.bytes_condemned)}"
+            " are no longer needed, and a later expire frees them;"
+            f" {humane.size(removal.bytes_removed)} were freed now."
+        )
