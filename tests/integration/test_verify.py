@@ -17,6 +17,7 @@ from dbmodule.errors import DbmoduleError, RepositoryError
 from dbmodule.ident import BackupId, BackupType, SystemId
 from dbmodule.ports import ObjectStore
 from dbmodule.reports import VerifyReport
+from dbmodule.repository.locks import PREFIX as LOCKS
 from dbmodule.repository.repository import Repository
 from dbmodule.repository.writer import FrameWriter
 from dbmodule.storage.memory import MemoryStore
@@ -44,7 +45,9 @@ class Archive:
             self.known[manifest.backup_id] = mini.contents(root)
             mini.change_state(root, step)
         self.chain = list(self.known)
-        self.objects = {name: self.store.get(name) for name in self.store.list("")}
+        # But for the locks, which no backup is lost with.
+        kept = [name for name in self.store.list("") if not name.startswith(LOCKS)]
+        self.objects = {name: self.store.get(name) for name in kept}
 
     def named(self, prefix: str) -> list[str]:
         return [name for name in self.objects if name.startswith(prefix)]
