@@ -13,9 +13,11 @@ import logging
 import time
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 from dbmodule.chain import dependents_of
+from dbmodule.compaction import mostly_dead, rewrite
 from dbmodule.errors import (
     CancelledError,
     CorruptObjectError,
@@ -32,16 +34,19 @@ from dbmodule.reports import ExpireReport
 from dbmodule.repository import index
 from dbmodule.repository.condemned import BackupName, Sentence
 from dbmodule.repository.holds import read_holds
+from dbmodule.repository.husk import name_of_husk
 from dbmodule.repository.locks import BACKUP, EXPIRE, Lock, Locks
 from dbmodule.repository.pack import Footer, PackId, name_of
 from dbmodule.repository.repository import Repository, manifest_name
-from dbmodule.repository.usage import needed_packs, stored_packs
+from dbmodule.repository.usage import Usage
 
 log = logging.getLogger(__name__)
 
 GRACE = 3600.0
 """Seconds between the announcement and the removal of packs: restores that read them may end."""
 PROBE = "probe/expire"
+LIVE_SHARE = 0.5
+"""Packs of which less is in use are rewritten."""
 _THREADS = 8
 
 
@@ -52,6 +57,7 @@ def expire(
     *,
     locks: Locks,
     grace: float = GRACE,
+    live_share: float = LIVE_SHARE,
     dry_run: bool = False,
     progress: Progress,
     cancelled: Cancelled,
@@ -60,14 +66,27 @@ def expire(
 
     Raises `LockedError` when another expiry is at work, `DamageError` when a backup that stays
     cannot be read, and `RepositoryError` when the store refuses to delete; nothing was removed
-    then. Packs are removed by a later call, `grace` seconds or more after this one.
+    then. Packs are removed by a later call, `grace` seconds or more after this one; those of whose
+    bytes less than `live_share` is in use are rewritten first.
     """
     expiry = _Expiry(repository, cluster, remove, locks, progress, cancelled)
     if dry_run:
         expiry.rehearse()
     else:
-        expiry.carry_out(timedelta(seconds=max(grace, 2 * locks.timing.expiry)))
+        expiry.carry_out(timedelta(seconds=max(grace, 2 * locks.timing.expiry)), live_share)
     return expiry.report(dry_run)
+
+
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    """What is to go."""
+
+    backups: list[BackupName]
+    """Dependents first."""
+    packs: set[PackId]
+    """That nothing refers to without those backups; of some only the husk is there."""
+    rewritten: set[PackId]
+    """That can go since their husks tell where their frames are."""
 
 
 class _Expiry:
@@ -93,6 +112,7 @@ class _Expiry:
         self._spared: list[str] = []
         self._postponed = ""
         self._counted = {"condemned": (0, 0), "removed": (0, 0)}
+        self._rewritten = 0, 0
 
     def report(self, dry_run: bool) -> ExpireReport:
         return ExpireReport(
@@ -103,29 +123,35 @@ class _Expiry:
             bytes_condemned=self._counted["condemned"][1],
             packs_removed=self._counted["removed"][0],
             bytes_removed=self._counted["removed"][1],
+            packs_rewritten=self._rewritten[0],
+            bytes_rewritten=self._rewritten[1],
             dry_run=dry_run,
             seconds=round(time.monotonic() - self._began, 3),
         )
 
     def rehearse(self) -> None:
         """Find out what would go; nothing is written or locked."""
-        order, packs = self._choose()
-        self._removed = [str(backup) for _, backup in order]
-        self._count("condemned", packs)
+        choice = self._choose()
+        self._removed = [str(backup) for _, backup in choice.backups]
+        self._count("condemned", choice.packs | choice.rewritten)
 
-    def carry_out(self, grace: timedelta) -> None:
+    def carry_out(self, grace: timedelta, live_share: float) -> None:
         with self._locks.acquire(EXPIRE, list, cancelled=self._cancelled) as lock:
             self._check_deletion()
             self._condemned.tidy()
-            for sentence in self._condemned.load():
+            earlier = self._condemned.load()
+            for sentence in earlier:
                 if sentence.confirmed_at is None:
                     self._condemned.withdraw(sentence)
                 else:
                     self._remove_manifests(lock, sentence)
             self._sweep(lock, grace)
             quiet = self._settle_backups()
-            if quiet is not None:
-                self._condemn(lock, quiet)
+            if quiet is None:
+                return
+            if self._condemn(lock, quiet) or earlier:
+                # Only removals make packs worth rewriting.
+                self._compact(lock, quiet, live_share)
 
     # -- may anything be removed? ---------------------------------------------------------------
 
@@ -180,8 +206,7 @@ class _Expiry:
             found.update({(cluster, backup): m for backup, m in readable.items()})
         return found
 
-    def _choose(self) -> tuple[list[BackupName], set[PackId]]:
-        """Backups to remove, dependents first, and the packs that nothing needs without them."""
+    def _choose(self) -> _Choice:
         wanted = {(self._cluster, backup) for backup in self._wanted}
         manifests = self._manifests(wanted)
         own = {backup: m for (cluster, backup), m in manifests.items() if cluster == self._cluster}
@@ -191,35 +216,76 @@ class _Expiry:
         for backup in self._spared:
             log.warning("backup %s stays: backups that are kept depend on it", backup)
         going = [(self._cluster, backup) for backup in _dependents_first(own, chosen)]
-        staying = [m for name, m in manifests.items() if name not in going]
-        condemned = {p for s in self._condemned.load() for p in s.packs | s.rewritten}
-        return going, stored_packs(self._repository) - self._needed(staying) - condemned
+        usage = self._usage(m for name, m in manifests.items() if name not in going)
+        condemned = self._condemned_already()
+        return _Choice(
+            going,
+            ((usage.present | usage.husks) - usage.referenced) - condemned,
+            (usage.present & usage.referenced) - usage.needed.keys() - condemned,
+        )
 
-    def _needed(self, manifests: Iterable[Manifest]) -> set[PackId]:
+    def _usage(self, manifests: Iterable[Manifest], *, every_frame: bool = False) -> Usage:
+        usage = Usage(self._repository)
         try:
-            return needed_packs(self._repository, manifests)
+            for manifest in manifests:
+                usage.add(manifest, every_frame=every_frame)
         except CorruptObjectError as error:
             raise _damage(error) from error
+        return usage
+
+    def _condemned_already(self) -> set[PackId]:
+        return {p for s in self._condemned.load() for p in s.packs | s.rewritten}
 
     # -- the first phase ------------------------------------------------------------------------
 
-    def _condemn(self, lock: Lock, quiet: Mapping[str, int]) -> None:
+    def _condemn(self, lock: Lock, quiet: Mapping[str, int]) -> bool:
         """Announce what is to go, and if still no backup runs remove the manifests."""
-        order, packs = self._choose()
-        if not order and not packs:
-            return
-        sentence = self._condemned.announce(order, packs)
+        choice = self._choose()
+        sentence = self._sentence(lock, quiet, choice)
+        if sentence is None:
+            return False
+        self._count("condemned", choice.packs | choice.rewritten)
+        self._remove_manifests(lock, sentence)
+        return True
+
+    def _sentence(self, lock: Lock, quiet: Mapping[str, int], choice: _Choice) -> Sentence | None:
+        """A confirmed one; None if there is nothing to go, or a backup has begun."""
+        if not choice.backups and not choice.packs and not choice.rewritten:
+            return None
+        sentence = self._condemned.announce(choice.backups, choice.packs, choice.rewritten)
         if self._epochs() != quiet:
             self._condemned.withdraw(sentence)
             self._postponed = "a backup has begun; the next expiry removes what is to go"
-            return
-        if held := self._held(order):
+            return None
+        if held := self._held(choice.backups):
             self._condemned.withdraw(sentence)
             self._postponed = f"backup {held} was held just now: run expire again"
-            return
-        self._count("condemned", packs)
+            return None
         lock.ensure_held()
-        self._remove_manifests(lock, self._condemned.confirm(sentence))
+        return self._condemned.confirm(sentence)
+
+    def _compact(self, lock: Lock, quiet: Mapping[str, int], live_share: float) -> None:
+        """Rewrite packs that are mostly dead; a later call removes them."""
+        usage = self._usage(self._manifests().values(), every_frame=True)
+        packs = mostly_dead(self._repository, usage, live_share, self._condemned_already())
+        if not packs:
+            return
+        choice = _Choice([], set(), {ref.pack for ref in packs})
+        if self._sentence(lock, quiet, choice) is None:
+            return
+        rewrite(
+            self._repository,
+            usage,
+            packs,
+            before_write=lambda: self._go_on(lock),
+            progress=lambda done, total: self._progress("compact", done, total),
+        )
+        self._rewritten = len(packs), sum(ref.size for ref in packs)
+
+    def _go_on(self, lock: Lock) -> None:
+        if self._cancelled():
+            raise CancelledError("the expiry was cancelled")
+        lock.ensure_held()
 
     def _held(self, order: Iterable[BackupName]) -> BackupId | None:
         """One of the announced backups that is held: a hold sees the sentence or is seen here."""
@@ -252,26 +318,24 @@ class _Expiry:
         ]
         if not old:
             return
-        needed = self._needed(self._manifests().values())
-        there = stored_packs(self._repository)
-        packs = {p for s in old for p in s.packs | s.rewritten}
-        going = packs & there - needed
-        self._count("removed", going)
-        self._remove_packs(lock, going)
-        self._clean_index(lock, packs - needed)
+        usage = self._usage(self._manifests().values())
+        packs = {p for s in old for p in s.packs | s.rewritten} - usage.needed.keys()
+        self._count("removed", packs & usage.present)
+        self._remove(lock, [name_of(pack) for pack in packs & usage.present])
+        husks = packs & usage.husks - usage.referenced
+        self._remove(lock, [name_of_husk(pack) for pack in husks])
+        self._clean_index(lock, packs)
         for sentence in old:
             self._condemned.finish(sentence)
 
-    def _remove_packs(self, lock: Lock, packs: Collection[PackId]) -> None:
-        def remove(pack: PackId) -> None:
-            if self._cancelled():
-                raise CancelledError("the expiry was cancelled")
-            lock.ensure_held()
-            self._store.delete(name_of(pack))
+    def _remove(self, lock: Lock, names: Collection[str]) -> None:
+        def remove(name: str) -> None:
+            self._go_on(lock)
+            self._store.delete(name)
 
-        removals = in_order(remove, sorted(packs), threads=_THREADS, name="expire")
+        removals = in_order(remove, sorted(names), threads=_THREADS, name="expire")
         for done, _ in enumerate(removals, 1):
-            self._progress("packs", done, len(packs))
+            self._progress("packs", done, len(names))
 
     def _clean_index(self, lock: Lock, gone: Collection[PackId]) -> None:
         """Write segments that list packs which are `gone` anew without them.

@@ -177,6 +177,10 @@ class ExpireReport:
     bytes_condemned: int
     packs_removed: int
     bytes_removed: int
+    packs_rewritten: int
+    """Of these packs little was in use; it was copied, and a later expiry removes them."""
+    bytes_rewritten: int
+    """The packs' size."""
     dry_run: bool
     seconds: float
 

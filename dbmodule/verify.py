@@ -37,7 +37,7 @@ from dbmodule.parallel import batches, in_order
 from dbmodule.ports import Cancelled, Progress
 from dbmodule.registry import EntryKind
 from dbmodule.reports import Damage, VerifyLevel, VerifyReport
-from dbmodule.repository import condemned, index, pack
+from dbmodule.repository import condemned, husk, index, pack
 from dbmodule.repository.chainview import ChainView
 from dbmodule.repository.document import unseal
 from dbmodule.repository.holds import PREFIX as HOLDS
@@ -50,6 +50,7 @@ from dbmodule.repository.repository import (
     manifest_name,
 )
 from dbmodule.repository.tables import FileEntry
+from dbmodule.repository.usage import Usage
 
 SOUND = "sound"
 DAMAGED = "damaged"
@@ -92,7 +93,8 @@ def verify(
     findings = _Findings()
     manifests = _manifests(repository, cluster, findings)
     indexed: set[pack.PackId] | None = None
-    needed_packs: set[pack.PackId] = set()
+    usage = Usage(repository)
+    seen: set[BackupId] = set()
     if wanted is None:
         _check_binding(repository, cluster, manifests, findings)
         _check_other_documents(repository, cluster, findings)
@@ -114,7 +116,15 @@ def verify(
             continue
         needed[backup] = chain
         for manifest in chain:
-            needed_packs |= _collect_packs(repository, manifest, packs, findings)
+            if manifest.backup_id in seen:
+                continue
+            seen.add(manifest.backup_id)
+            try:
+                usage.add(manifest)
+            except _DAMAGE as error:
+                name = manifest_name(manifest.cluster, manifest.backup_id)
+                findings.damage.append(Damage(name, error.message))
+    packs.update({pack.name_of(ref.pack): ref for ref in usage.needed.values()})
     if indexed is not None:
         findings.damage += [
             Damage(
@@ -122,7 +132,7 @@ def verify(
                 "no index segment lists it: a segment is missing, and what the pack holds would"
                 " be stored again",
             )
-            for missing in sorted(needed_packs - indexed)
+            for missing in sorted(usage.needed.keys() - usage.roots - indexed)
         ]
     check = check_size if quick else check_pack
     _check_packs(repository, packs, check, threads, findings, progress, cancelled)
@@ -196,7 +206,7 @@ def _check_other_documents(repository: Repository, cluster: str, findings: _Find
     """Documents but this cluster's manifests; `repository.json` was read already."""
     store, key = repository.store, repository.key
     own = manifest_name(cluster, BackupId("")).rpartition("/")[0] + "/"
-    for prefix in ("clusters/", "manifests/", condemned.PREFIX):
+    for prefix in ("clusters/", "manifests/", condemned.PREFIX, husk.PREFIX):
         for name in store.list(prefix):
             if name.startswith(own):
                 continue
@@ -230,25 +240,6 @@ def _check_index(repository: Repository, findings: _Findings) -> set[pack.PackId
 
         findings.check(name, read_index)
     return indexed if len(findings.damage) == before else None
-
-
-def _collect_packs(
-    repository: Repository,
-    manifest: Manifest,
-    packs: dict[str, PackRef | None],
-    findings: _Findings,
-) -> set[pack.PackId]:
-    """Add the packs that a backup needs to `packs`; gives those that the index has to list."""
-    root = PackRef(pack.PackId(manifest.root.pack), manifest.root.size, manifest.root.footer)
-    packs[pack.name_of(root.pack)] = root
-    try:
-        refs = repository.tables(manifest).packs
-    except _DAMAGE as error:
-        name = manifest_name(manifest.cluster, manifest.backup_id)
-        findings.damage.append(Damage(name, f"its tables cannot be read: {error.message}"))
-        return set()
-    packs.update({pack.name_of(ref.pack): ref for ref in refs})
-    return {ref.pack for ref in refs}
 
 
 def _check_packs(

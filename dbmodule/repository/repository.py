@@ -3,7 +3,8 @@
     repository.json             what this is: format version, id, key for hashes
     clusters/NAME.json          which database cluster a name stands for
     manifests/NAME/ID.json      one per committed backup
-    packs/xx/…  index/…         see `pack` and `index`
+    packs/xx/…  husks/xx/…      see `pack` and `husk`
+    index/…                     see `index`
     locks/…  condemned/…        see `locks` and `condemned`
 
 Invariant: a backup exists if and only if its manifest does. Under a manifest's name there may be a
@@ -35,6 +36,7 @@ from dbmodule.ports import ObjectStore, Processes
 from dbmodule.repository.condemned import Condemned
 from dbmodule.repository.document import FORMAT, Documents, seal, unseal
 from dbmodule.repository.frames import FrameReader
+from dbmodule.repository.husk import husked_packs
 from dbmodule.repository.index import PackRef
 from dbmodule.repository.locks import Locks, LockTiming
 from dbmodule.repository.pack import PackId
@@ -259,6 +261,8 @@ class Repository:
     def writer(self, compression_level: int) -> FrameWriter:
         """To be made by a run that holds its lock already: see `condemned`."""
         avoid = {p for s in self.condemned.load() for p in s.packs | s.rewritten}
+        # Of a pack with a husk not every frame is there any more.
+        avoid |= husked_packs(self.store)
         return FrameWriter(
             self.store, self.key, self.frames, compression_level, avoid, self._condemned_packs
         )

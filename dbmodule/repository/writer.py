@@ -331,7 +331,13 @@ class FrameWriter:
                 )
             if pack is not None and pack.pack in self._ordinals:
                 name = name_of(pack.pack)
-                if self._store.size(name) != pack.size:
+                try:
+                    size = self._store.size(name)
+                except ObjectMissingError:
+                    if self._reader.husk(pack.pack) is None:
+                        raise
+                    continue
+                if size != pack.size:
                     raise RepositoryError(
                         f"{name} does not have the size that it was written with",
                         hint="Run `dbmodule verify`; a full backup into a new repository is safe.",

@@ -144,6 +144,8 @@ def default_answers() -> dict[str, Any]:
                 bytes_condemned=1 << 20,
                 packs_removed=0,
                 bytes_removed=0,
+                packs_rewritten=0,
+                bytes_rewritten=0,
                 dry_run=False,
                 seconds=0.5,
             ),

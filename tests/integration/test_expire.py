@@ -15,15 +15,26 @@ from dbmodule.errors import DamageError, LockedError, RepositoryError
 from dbmodule.ident import BackupId, BackupType
 from dbmodule.processes import LocalProcesses
 from dbmodule.reports import ExpireReport
+from dbmodule.repository.husk import name_of_husk
 from dbmodule.repository.locks import LockTiming
+from dbmodule.repository.pack import name_of
 from dbmodule.repository.repository import Repository
-from dbmodule.repository.usage import needed_packs
+from dbmodule.repository.usage import Usage
+from dbmodule.repository.writer import FrameWriter
 from dbmodule.storage import LocalStore
 from tests.fault import mini
 from tests.fault.fault_store import DamagedStore, Fault, FaultStore
-from tests.fix_scene import Scene, await_stop, backup_process, goes_on_and_fails, run_killed
+from tests.fix_scene import (
+    PACK_BYTES,
+    Scene,
+    await_stop,
+    backup_process,
+    goes_on_and_fails,
+    run_killed,
+)
 
 MOST_STEPS = 120
+BIG_PACKS = 4 << 20
 MANIFEST = "manifests/"
 RAISING = (Fault.BEFORE, Fault.FULL, Fault.AFTER)
 
@@ -230,9 +241,9 @@ def test_a_damaged_backup_that_stays_forbids_any_removal(scene: Scene) -> None:
         assert caught.value.exit_code == 3
     scene.check()
     # One that is to go may be damaged.
-    damaged = DamagedStore(scene.store, {f"manifests/main/{old}.json": b"nonsense"})
-    assert mini.run_expire(damaged, [old]).removed == [old]
-    del scene.known[old]
+    scene.store.delete(f"manifests/main/{old}.json")
+    scene.store.put_new(f"manifests/main/{old}.json", [b"nonsense"])
+    assert remove(scene, [old]).removed == [old]
     scene.check()
 
 
@@ -251,14 +262,59 @@ def test_backups_of_other_clusters_are_safe(scene: Scene, monkeypatch: pytest.Mo
     scene.check()
 
 
+def write_blob(scene: Scene, step: int) -> None:
+    """What is most of a backup, and nothing of the next."""
+    scene.root.joinpath("blob").write_bytes(mini.random_bytes(300_000 + step))
+
+
+def test_packs_that_are_mostly_dead_are_rewritten(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FrameWriter, "PACK_BYTES", BIG_PACKS)
+    write_blob(scene, 1)
+    first = grow(scene, FULL)
+    write_blob(scene, 2)
+    second = grow(scene, FULL)
+    report = remove(scene, first)
+    assert report.packs_rewritten >= 1
+    assert report.bytes_rewritten > 300_000
+    scene.check()
+    assert remove(scene, []).bytes_removed > 300_000
+    assert list(scene.store.list("husks/")) != []
+    scene.check()  # by way of the husk now
+    grow(scene, INCR)
+    write_blob(scene, 3)
+    third = grow(scene, FULL, DIFF)
+    scene.check()
+    # The frames were found in their new place, and not stored again.
+    sizes = [scene.store.size(name) for name in scene.store.list("packs/")]
+    assert sum(sizes) < 3 * 300_000
+    remove(scene, set(scene.known) - set(third))
+    assert second[0] not in scene.known
+    expect_clean(scene)
+    scene.check()
+    # What no backup refers to by the old name needs no husk.
+    usage = usage_of(scene)
+    assert usage.husks <= usage.referenced
+
+
+def usage_of(scene: Scene) -> Usage:
+    repository = Repository.open(scene.store)
+    usage = Usage(repository)
+    for manifest in repository.manifests(mini.CLUSTER).values():
+        usage.add(manifest)
+    return usage
+
+
 # -- faults -------------------------------------------------------------------------------------
 
 
 def leftovers(scene: Scene) -> set[str]:
     """Objects that no kept backup, lock or record of a decision accounts for."""
-    repository = Repository.open(scene.store)
-    manifests = repository.manifests(mini.CLUSTER).values()
-    needed = {f"packs/{p[:2]}/{p}" for p in needed_packs(repository, manifests)}
+    manifests = Repository.open(scene.store).manifests(mini.CLUSTER).values()
+    usage = usage_of(scene)
+    needed = {name_of(pack) for pack in usage.needed}
+    needed |= {name_of_husk(pack) for pack in usage.referenced & usage.husks}
     lasting = ("locks/", "clusters/", "repository.json", "index/")
     return {
         name
@@ -276,13 +332,22 @@ def expect_clean(scene: Scene) -> None:
     assert leftovers(scene) == set()
 
 
-@pytest.mark.parametrize("fault", RAISING)
-def test_every_write_and_removal_may_fail(scene: Scene, fault: Fault) -> None:
+@pytest.mark.parametrize(
+    ("fault", "pack_bytes"),
+    [(Fault.BEFORE, PACK_BYTES), *((fault, BIG_PACKS) for fault in RAISING)],
+)
+def test_every_write_and_removal_may_fail(
+    scene: Scene, fault: Fault, pack_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FrameWriter, "PACK_BYTES", pack_bytes)
+    write_blob(scene, 0)
+    rewritten = 0
     first = grow(scene, FULL, DIFF)
     grow(scene, FULL, INCR)
     remove(scene, first)  # so that there is something to sweep, too
     for step in range(1, MOST_STEPS):
         mini.change_state(scene.root, 1 + step % 9)
+        write_blob(scene, step)
         scene.back_up(FULL)
         if step % 2:
             scene.back_up(DIFF)
@@ -294,6 +359,7 @@ def test_every_write_and_removal_may_fail(scene: Scene, fault: Fault) -> None:
             assert store.struck
         else:
             assert report.postponed == ""
+        rewritten += len(list(scene.store.list("husks/")))
         left = set(Repository.open(scene.store).backup_ids(mini.CLUSTER))
         assert set(scene.known) - left <= set(going)
         for backup in set(scene.known) - left:
@@ -304,15 +370,19 @@ def test_every_write_and_removal_may_fail(scene: Scene, fault: Fault) -> None:
     else:
         raise AssertionError("no expiry without a failure")
     assert step > 10
+    assert rewritten or pack_bytes == PACK_BYTES
     expect_clean(scene)
     scene.check()
 
 
 @pytest.mark.parametrize("fault", [Fault.KILL_BEFORE, Fault.KILL_AFTER])
-def test_killed_at_any_step(scene: Scene, fault: Fault) -> None:
+def test_killed_at_any_step(scene: Scene, fault: Fault, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FrameWriter, "PACK_BYTES", BIG_PACKS)
+    write_blob(scene, 0)
     grow(scene, FULL, DIFF, FULL)
     for step in (1, 2, 3, 4, 5, 6, 8, 10, 13, 17):
         mini.change_state(scene.root, 1 + step % 9)
+        write_blob(scene, step)
         scene.back_up(FULL)
         scene.back_up(DIFF)
         going = sorted(scene.known)[:-2]
