@@ -257,14 +257,14 @@ class App:
     ) -> RetentionReport:
         """Remove the backups that the policy does not keep; raises a `DbmoduleError`.
 
-        A dry run only says which. Without a policy nothing is removed, and the report says how to
-        configure one.
+        A dry run only says which. Without a policy only what no backup needs is removed, and the
+        report says how to configure one.
         """
         repository = self._repository()
         cluster, policy = self._config.repository.cluster, self._config.retention.policy()
         now = datetime.now(UTC)
         outlook = pruning.look_ahead(repository, cluster, policy, now)
-        if not policy.rules() or (dry_run and outlook.unreadable):
+        if dry_run and outlook.unreadable:
             return pruning.to_report(outlook, policy, None, dry_run=dry_run)
         pruning.refuse_unreadable(outlook, cluster)
         removal = expire(

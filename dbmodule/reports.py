@@ -237,7 +237,7 @@ class RetentionReport:
     """Name of a rule → number; empty = nothing is ever removed."""
     decisions: list[RetentionDecision]
     removal: ExpireReport | None
-    """None when there was nothing to carry out: no policy, or a manifest that cannot be read."""
+    """None when nothing could be tried: a manifest cannot be read."""
     hint: str
     """How to configure a policy where there is none; else empty."""
 

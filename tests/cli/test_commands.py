@@ -175,7 +175,7 @@ def test_expire_shows_what_becomes_of_each_backup_and_why(
     app.answers["expire"] = dataclasses.replace(
         report, policy={}, decisions=[], removal=None, hint="Set [retention]."
     )
-    assert "nothing is removed. Set [retention]." in dbmodule("expire").out
+    assert "no backup is removed. Set [retention]." in dbmodule("expire").out
     postponed = dataclasses.replace(report.removal, removed=[], postponed="a backup runs")
     app.answers["expire"] = dataclasses.replace(report, removal=postponed)
     text = dbmodule("expire").out

@@ -20,7 +20,7 @@ def command(invocation: Invocation, dry_run: bool) -> None:
     """Remove the backups that the policy in [retention] does not keep.
 
     Says of every backup what becomes of it and why. What a kept backup is built on is kept, and so
-    are held backups and the newest one. Without a policy nothing is removed.
+    are held backups and the newest one. Without a policy no backup is removed.
     """
     app = invocation.open_app()
     if not dry_run:
@@ -50,7 +50,7 @@ def _show(printer: Printer, report: RetentionReport) -> None:
     else:
         printer.line("no backups yet; take one with: dbmodule backup full")
     if report.hint:
-        printer.line(f"No retention policy is configured: nothing is removed. {report.hint}")
+        printer.line(f"No retention policy is configured: no backup is removed. {report.hint}")
     removal = report.removal
     if removal is None:
         return
