@@ -9,6 +9,7 @@ expired backup is a manifest that is gone without a backup that depends on it.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -178,6 +179,11 @@ def _check_other_documents(
                 return len(data)
 
             findings.check(name, read)
+    _check_keys(repository, findings)
+    findings.damage += [
+        Damage(name, "is no object of this repository: it was renamed, or put there")
+        for name in repository.strangers()
+    ]
     indexed: set[pack.PackId] = set()
     before = len(findings.damage)
     for name in store.list(index.PREFIX):
@@ -189,6 +195,14 @@ def _check_other_documents(
 
         findings.check(name, read_index)
     return indexed if len(findings.damage) == before else None
+
+
+def _check_keys(repository: Repository, findings: _Findings) -> None:
+    """The master keys of an encrypted repository, as far as that can be told without them."""
+    if repository.keyring is None:
+        return
+    for key_id in repository.keyring.key_ids():
+        findings.check(f"keys/{key_id}.json", functools.partial(repository.keyring.check, key_id))
 
 
 def _collect_packs(

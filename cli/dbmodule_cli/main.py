@@ -31,6 +31,7 @@ _COMMANDS = (
     "restore",
     "verify",
     "synthesize",
+    "key",
     "agent",
     "extension",
     "demo",

@@ -1,25 +1,31 @@
 """A repository: its description, its clusters, its committed backups.
 
-    repository.json             what this is: format version, id, key for hashes
+    repository.json             what this is: format version, id, key for hashes or cipher
+    keys/…                      of an encrypted one: see `keys`
     clusters/NAME.json          which database cluster a name stands for
     manifests/NAME/ID.json      one per committed backup
     packs/xx/…  index/…         see `pack` and `index`
 
-Invariant: a backup exists if and only if its manifest does.
+Invariant: a backup exists if and only if its manifest does. In an encrypted repository everything
+but the first two lies in an `EncryptedStore`, of which nothing else need know.
 """
 
 from __future__ import annotations
 
 import re
 import secrets
+from collections.abc import Sequence
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
 
 from dbmodule.errors import (
     BrokenChainError,
     CorruptObjectError,
     FormatVersionError,
+    MasterKeyError,
     ObjectExistsError,
     ObjectMissingError,
+    RefusedError,
     RepositoryError,
     UsageError,
     WrongClusterError,
@@ -31,10 +37,17 @@ from dbmodule.repository.document import FORMAT, seal, unseal
 from dbmodule.repository.frames import FrameReader
 from dbmodule.repository.index import PackRef
 from dbmodule.repository.pack import PackId
+from dbmodule.repository.secret import Secret
 from dbmodule.repository.tables import TableReader
 from dbmodule.repository.writer import FrameWriter
 
+if TYPE_CHECKING:
+    from dbmodule.repository.encrypted import EncryptedStore
+    from dbmodule.repository.keys import Keyring
+
 DESCRIPTION = "repository.json"
+CIPHER = "aes-256-gcm"
+_PROBES = "probe/"
 _CLUSTER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 
@@ -64,24 +77,36 @@ class Repository:
         self.id = repository_id
         self.key = key
         self.frames = FrameReader(store, key)
+        self.keyring: Keyring | None = None
+        """The master keys of an encrypted repository."""
 
     # -- opening --------------------------------------------------------------------------------
 
     @classmethod
-    def create(cls, store: ObjectStore) -> Repository:
-        """Write a new repository's description; raises `ObjectExistsError` if there is one."""
-        body = {
-            "format": FORMAT,
-            "id": secrets.token_hex(16),
-            "hash_key": secrets.token_hex(32),
-            "created_at": datetime.now(UTC).isoformat(),
-        }
-        store.put_new(DESCRIPTION, [seal(body, None)])
-        return cls.open(store)
+    def create(cls, store: ObjectStore, secret: Secret | None = None) -> Repository:
+        """Write a new repository's description; raises `ObjectExistsError` if there is one.
+
+        With a `secret`, which becomes its first master key, everything in it is encrypted.
+        """
+        if secret is not None:
+            _create_encrypted(store, secret)
+        else:
+            body = {
+                "format": FORMAT,
+                "id": secrets.token_hex(16),
+                "hash_key": secrets.token_hex(32),
+                "created_at": datetime.now(UTC).isoformat(),
+            }
+            store.put_new(DESCRIPTION, [seal(body, None)])
+        return cls.open(store, secret)
 
     @classmethod
-    def open(cls, store: ObjectStore) -> Repository:
-        """Raises `RepositoryError` when there is none, or `FormatVersionError`."""
+    def open(cls, store: ObjectStore, secret: Secret | None = None) -> Repository:
+        """Raises `RepositoryError` when there is none, `FormatVersionError` or `MasterKeyError`.
+
+        A `secret` for a repository that is not encrypted is a `RefusedError`: somebody may have
+        put that one there, so that backups are stored in the clear.
+        """
         try:
             data = store.get(DESCRIPTION)
         except ObjectMissingError:
@@ -89,11 +114,35 @@ class Repository:
                 f"there is no repository at {store.url}",
                 hint="Create one with `dbmodule init`, or check the URL.",
             ) from None
-        body, _ = unseal(DESCRIPTION, data, None)
+        body, binding = unseal(DESCRIPTION, data, None)
         try:
-            return cls(store, body["id"], bytes.fromhex(body["hash_key"]))
+            if "cipher" in body:
+                return _open_encrypted(store, body, binding, secret)
+            opened = cls(store, body["id"], bytes.fromhex(body["hash_key"]))
         except (KeyError, TypeError, ValueError) as error:
             raise CorruptObjectError(f"{DESCRIPTION}: not a valid description") from error
+        if secret is not None:
+            raise RefusedError(
+                f"a master key is configured, but the repository at {store.url} is not encrypted",
+                hint="If that is meant, take the key out of the configuration; else make a new"
+                " repository with `dbmodule init --key-file FILE --repo URL`.",
+            )
+        return opened
+
+    @staticmethod
+    def exists(store: ObjectStore) -> bool:
+        """Is there a repository in `store`, of whatever kind?"""
+        try:
+            return store.size(DESCRIPTION) >= 0
+        except ObjectMissingError:
+            return False
+
+    def strangers(self) -> Sequence[str]:
+        """Objects of an encrypted repository that nobody with its key has put there."""
+        if self.keyring is None:
+            return []
+        store: EncryptedStore = self.store  # type: ignore[assignment]
+        return store.strangers()
 
     # -- clusters -------------------------------------------------------------------------------
 
@@ -189,3 +238,52 @@ class Repository:
 
     def writer(self, compression_level: int) -> FrameWriter:
         return FrameWriter(self.store, self.key, self.frames, compression_level)
+
+
+def _create_encrypted(store: ObjectStore, secret: Secret) -> None:
+    """Write the first master key, then the description: from then on there is a repository."""
+    from dbmodule.repository.keys import Keyring, key_name
+
+    if Repository.exists(store):
+        raise ObjectExistsError(f"there is a repository at {store.url}")
+    salt = secrets.token_bytes(32)
+    body = {
+        "format": FORMAT,
+        "id": secrets.token_hex(16),
+        "cipher": CIPHER,
+        "salt": salt.hex(),
+    }
+    description = seal(body, None)
+    binding = unseal(DESCRIPTION, description, None)[1]
+    key = Keyring(store, salt, binding, secrets.token_bytes(32)).add(secret, "")
+    try:
+        store.put_new(DESCRIPTION, [description])
+    except ObjectExistsError:
+        # Another was quicker: its description does not belong to this key.
+        store.delete(key_name(key.key_id))
+        raise
+
+
+def _open_encrypted(
+    store: ObjectStore, body: dict[str, Any], binding: str, secret: Secret | None
+) -> Repository:
+    if body["cipher"] != CIPHER:
+        raise FormatVersionError(
+            f"{DESCRIPTION}: cipher {body['cipher']!r} is not known to this version of dbmodule",
+            hint="Install the version of dbmodule that wrote the repository, or a newer one.",
+        )
+    if secret is None:
+        raise MasterKeyError(
+            f"the repository at {store.url} is encrypted, and no master key is given",
+            hint="Set key_file or key_command in [repository], or DBMODULE_REPOSITORY__KEY in the"
+            " environment.",
+        )
+    from dbmodule.repository.cipher import hash_key
+    from dbmodule.repository.encrypted import EncryptedStore
+    from dbmodule.repository.keys import PREFIX, Keyring
+
+    keyring = Keyring.unlock(store, bytes.fromhex(body["salt"]), binding, secret)
+    inner = EncryptedStore(store, keyring.data_key, plain=(DESCRIPTION, PREFIX, _PROBES))
+    opened = Repository(inner, body["id"], hash_key(keyring.data_key))
+    opened.keyring = keyring
+    return opened

@@ -72,6 +72,7 @@ def default_answers() -> dict[str, Any]:
             repository="file:///backups",
             repository_id="5e1f",
             repository_created=True,
+            encrypted=False,
             cluster="main",
             system_identifier="7412345678901234567",
             server_version="18.6",
