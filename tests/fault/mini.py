@@ -22,11 +22,14 @@ from dbmodule.pgdata.source import LocalDataDirectory
 from dbmodule.pgdata.target import LocalTargetDirectory, staged_name
 from dbmodule.ports import ObjectStore, never_cancelled, no_progress
 from dbmodule.reports import BackupOptions, RestoreReport, VerifyReport
-from dbmodule.repository.repository import Repository
+from dbmodule.repository.repository import DESCRIPTION, Repository
+from dbmodule.repository.secret import Secret
 from dbmodule.restore.run import RestoreRequest, restore
 from dbmodule.verify import verify
 
 CLUSTER = "main"
+SECRET = Secret(b"5ec" + b"0" * 61)
+"""Of those repositories that are encrypted."""
 RELATION = "base/1/1259"
 _WHOLE = ("PG_VERSION", "global/pg_control", "global/pg_filenode.map", "pg_xact/0000")
 _DATABASE = ("PG_VERSION", "pg_filenode.map", "1259", "1259_fsm", "1259_vm")
@@ -68,10 +71,16 @@ def change_state(root: Path, step: int) -> None:
     (root / f"new.{step - 1}").unlink(missing_ok=True)
 
 
+def opened(store: ObjectStore) -> Repository:
+    """The repository in `store`, encrypted or not."""
+    encrypted = b'"cipher"' in store.get(DESCRIPTION)
+    return Repository.open(store, SECRET if encrypted else None)
+
+
 def back_up(store: ObjectStore, root: Path, kind: BackupType) -> Manifest:
     """One offline backup of the data directory at `root`."""
     environment = Environment(
-        repository=Repository.open(store),
+        repository=opened(store),
         cluster=CLUSTER,
         directory=LocalDataDirectory(root),
         server=None,
@@ -90,7 +99,7 @@ def back_up(store: ObjectStore, root: Path, kind: BackupType) -> Manifest:
 
 def verify_all(store: ObjectStore) -> VerifyReport:
     return verify(
-        Repository.open(store),
+        opened(store),
         CLUSTER,
         None,
         threads=1,
@@ -100,7 +109,7 @@ def verify_all(store: ObjectStore) -> VerifyReport:
 
 
 def restore_to(store: ObjectStore, backup: BackupId, target: Path) -> RestoreReport:
-    repository = Repository.open(store)
+    repository = opened(store)
     return restore(
         repository,
         repository.readable_manifests(CLUSTER)[0],
