@@ -79,24 +79,11 @@ class EncryptedStore:
         wanted = None
         if length is not None:
             wanted = ((offset + length - 1) // PIECE + 1 - first) * STORED_PIECE
-        salt, stored = self._read(name, first, wanted)
-        # An answer that is shorter than what was asked for ends where the object ends.
-        whole = len(stored) == wanted
-        cipher = self._objects.of(name, salt)
-        pieces: list[bytes] = []
-        for at in range(0, len(stored), STORED_PIECE):
-            number, piece = first + at // STORED_PIECE, stored[at : at + STORED_PIECE]
-            ends = at + STORED_PIECE >= len(stored)
-            opened = None
-            if not ends or whole:
-                opened = cipher.open(number, piece, last=False)
-            if opened is None and ends:
-                opened = cipher.open(number, piece, last=True)
-            if opened is None:
-                self._forget(name)
-                raise changed(name)
-            pieces.append(opened)
-        if not pieces and first == 0:
+        pieces = self._pieces(name, first, wanted)
+        if pieces is None and self._forget(name):
+            # Somebody may have written the object anew, with another salt than is remembered.
+            pieces = self._pieces(name, first, wanted)
+        if pieces is None:
             raise changed(name)
         start = offset - first * PIECE
         stop = None if length is None else start + length
@@ -150,6 +137,26 @@ class EncryptedStore:
             folder = f"{folder}/{opened}"
         return folder
 
+    def _pieces(self, name: str, first: int, wanted: int | None) -> Sequence[bytes] | None:
+        """Plain pieces from number `first` on; None when they are not what was stored."""
+        salt, stored = self._read(name, first, wanted)
+        # An answer that is shorter than what was asked for ends where the object ends.
+        whole = len(stored) == wanted
+        cipher = self._objects.of(name, salt)
+        pieces: list[bytes] = []
+        for at in range(0, len(stored), STORED_PIECE):
+            number, piece = first + at // STORED_PIECE, stored[at : at + STORED_PIECE]
+            ends = at + STORED_PIECE >= len(stored)
+            opened = None
+            if not ends or whole:
+                opened = cipher.open(number, piece, last=False)
+            if opened is None and ends:
+                opened = cipher.open(number, piece, last=True)
+            if opened is None:
+                return None
+            pieces.append(opened)
+        return pieces if pieces or first > 0 else None
+
     def _read(self, name: str, first: int, wanted: int | None) -> tuple[bytes, memoryview]:
         """The salt of an object, and `wanted` bytes of its pieces from number `first` on."""
         stored_name = self.stored_name(name)
@@ -174,6 +181,7 @@ class EncryptedStore:
             if len(self._salts) > self.SALTS:
                 self._salts.popitem(last=False)
 
-    def _forget(self, name: str) -> None:
+    def _forget(self, name: str) -> bool:
+        """Was a salt remembered?"""
         with self._lock:
-            self._salts.pop(name, None)
+            return self._salts.pop(name, None) is not None
