@@ -158,7 +158,9 @@ class Keyring:
     def _remove(self, key_id: str, keep: str) -> None:
         kept = self._store.get(key_name(keep))
         self._store.delete(key_name(key_id))
-        with contextlib.suppress(ObjectExistsError):
+        try:
+            self._store.size(key_name(keep))
+        except ObjectMissingError:
             self._store.put_new(key_name(keep), [kept])
 
 

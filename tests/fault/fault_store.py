@@ -65,13 +65,13 @@ class FaultStore:
                         self._store.put_new(name, chunks)
                     raise RepositoryError(f"cannot write {name}: no answer")
                 case Fault.KILL_BEFORE:
-                    _die()
+                    die()
                 case Fault.KILL_WITHIN:
                     return self._store.put_new(name, _until_dead(chunks))
                 case Fault.KILL_AFTER:
                     with suppress(ObjectExistsError):
                         self._store.put_new(name, chunks)
-                    _die()
+                    die()
         return self._store.put_new(name, chunks)
 
     def get(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
@@ -132,9 +132,9 @@ def _until_full(name: str, chunks: Iterable[Buffer]) -> Iterator[Buffer]:
 
 def _until_dead(chunks: Iterable[Buffer]) -> Iterator[Buffer]:
     yield _half(chunks)
-    _die()
+    die()
 
 
-def _die() -> None:
+def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
     signal.pause()  # the signal is on its way
