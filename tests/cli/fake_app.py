@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -17,6 +18,8 @@ from dbmodule.reports import (
     Damage,
     Finding,
     InitReport,
+    KeyInfo,
+    KeyRotation,
     RelationChange,
     RestoreReport,
     VerifyReport,
@@ -125,11 +128,16 @@ def default_answers() -> dict[str, Any]:
         ),
         "verify": VerifyReport("sound", [FULL], 12, 1 << 20, [], 0.5),
         "synthesize": backup_report(detector="synthetic", detector_reason="made of a chain"),
+        "keys": [KEY, replace(KEY, key_id="e" * 32, current=False, label="in the safe")],
+        "add_key": replace(KEY, current=False),
+        "rotate_key": KeyRotation(KEY, "d" * 32),
+        "revoke_key": None,
         "run_agent": None,
         "install_extension": ["copied dbmodule.control", "created the extension"],
     }
 
 
+KEY = KeyInfo("c" * 32, "key", "", "2026-01-31T23:59:59+00:00", current=True)
 DAMAGED = VerifyReport("damaged", [FULL], 12, 1, [Damage("packs/1", "hash differs")], 0.5)
 
 
@@ -175,6 +183,18 @@ class App:
     def synthesize(self, backup: str, *, progress: Any, cancelled: Any) -> Any:
         progress("fold", 1, 2)
         return self._answer("synthesize", backup=backup)
+
+    def keys(self) -> Any:
+        return self._answer("keys")
+
+    def add_key(self, source: Any, *, label: str) -> Any:
+        return self._answer("add_key", source=source, label=label)
+
+    def rotate_key(self, source: Any, *, label: str) -> Any:
+        return self._answer("rotate_key", source=source, label=label)
+
+    def revoke_key(self, key_id: str) -> Any:
+        return self._answer("revoke_key", key_id=key_id)
 
     def run_agent(self, *, stop: Any) -> Any:
         return self._answer("run_agent", stop=stop)
