@@ -29,6 +29,7 @@ from dbmodule.ports import never_cancelled, no_progress
 from dbmodule.postgres.server import PsycopgServer
 from dbmodule.reports import BackupOptions, RestoreOptions
 from dbmodule.repository.repository import Repository
+from dbmodule.repository.secret import Secret
 from dbmodule.repository.writer import FrameWriter
 from dbmodule.storage import LocalStore
 from tests.fault import mini
@@ -39,20 +40,23 @@ PACK_BYTES = 24 << 10
 MOST_WRITES = 60
 RAISING = (Fault.BEFORE, Fault.FULL, Fault.AFTER)
 KILLING = (Fault.KILL_BEFORE, Fault.KILL_WITHIN, Fault.KILL_AFTER)
+ENCRYPTED_TOO = pytest.mark.parametrize(
+    "scene", [None, mini.SECRET], ids=["plain", "encrypted"], indirect=True
+)
 REPOSITORY_ROOT = Path(__file__).parents[2]
 
 
 class Scene:
     """A mini cluster and its repository, with what each committed backup must restore to."""
 
-    def __init__(self, source: Path, base: Path) -> None:
+    def __init__(self, source: Path, base: Path, secret: Secret | None = None) -> None:
         self.root = base / "data"
         self.base = base
         self.store = LocalStore(base / "repo")
         self.known: dict[BackupId, dict[str, bytes]] = {}
         self._restores = 0
         mini.make_mini(source, self.root)
-        Repository.create(self.store)
+        Repository.create(self.store, secret)
 
     def back_up(self, kind: BackupType, store: FaultStore | None = None) -> int:
         """A backup; gives the bytes that it stored."""
@@ -62,7 +66,7 @@ class Scene:
 
     def check(self) -> None:
         """Exactly the committed backups are listed, all are sound, the last one restores."""
-        listed = Repository.open(self.store).backup_ids(mini.CLUSTER)
+        listed = mini.opened(self.store).backup_ids(mini.CLUSTER)
         assert set(listed) == set(self.known)
         report = mini.verify_all(self.store)
         assert (report.status, report.damage) == ("sound", [])
@@ -78,7 +82,7 @@ class Scene:
 
     def accept_late_commit(self, before: set[BackupId]) -> None:
         """A backup whose very last answer was lost is a whole one: what happened must be so."""
-        for backup in set(Repository.open(self.store).backup_ids(mini.CLUSTER)) - before:
+        for backup in set(mini.opened(self.store).backup_ids(mini.CLUSTER)) - before:
             self.known[backup] = mini.contents(self.root)
 
 
@@ -90,9 +94,14 @@ def stopped_cluster(clusters: Clusters) -> Path:
 
 
 @pytest.fixture
-def scene(stopped_cluster: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Scene:
+def scene(
+    stopped_cluster: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> Scene:
     monkeypatch.setattr(FrameWriter, "PACK_BYTES", PACK_BYTES)
-    return Scene(stopped_cluster, tmp_path)
+    return Scene(stopped_cluster, tmp_path, getattr(request, "param", None))
 
 
 def fail_at_every_write(scene: Scene, kind: BackupType, fault: Fault) -> int:
@@ -123,6 +132,7 @@ def test_full_survives_a_failure_of_any_write(scene: Scene, fault: Fault) -> Non
     assert fail_at_every_write(scene, BackupType.FULL, fault) >= 4
 
 
+@ENCRYPTED_TOO
 @pytest.mark.parametrize("fault", RAISING)
 def test_diff_survives_a_failure_of_any_write(scene: Scene, fault: Fault) -> None:
     scene.back_up(BackupType.FULL)
@@ -133,6 +143,7 @@ def test_diff_survives_a_failure_of_any_write(scene: Scene, fault: Fault) -> Non
     scene.check()
 
 
+@ENCRYPTED_TOO
 def test_work_of_a_failed_full_is_not_done_twice(scene: Scene) -> None:
     whole = Scene(scene.root, scene.base / "other").back_up(BackupType.FULL)
     # All but the manifest is written: packs, index, root.
@@ -148,6 +159,7 @@ def test_work_of_a_failed_full_is_not_done_twice(scene: Scene) -> None:
     scene.check()
 
 
+@ENCRYPTED_TOO
 def test_killed_at_any_write(scene: Scene) -> None:
     scene.back_up(BackupType.FULL)
     mini.change_state(scene.root, 1)
