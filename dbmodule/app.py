@@ -255,12 +255,12 @@ class App:
 
     def _keyring(self) -> Keyring:
         repository = self._repository()
-        if repository.keyring is None:
+        if repository.vault is None:
             raise UsageError(
                 f"the repository at {repository.store.url} is not encrypted, and has no keys",
                 hint="Only a new repository can be encrypted: `dbmodule init --key-file FILE`.",
             )
-        return repository.keyring
+        return repository.vault.keyring
 
     # -- agent ----------------------------------------------------------------------------------
 

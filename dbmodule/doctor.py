@@ -125,8 +125,8 @@ def _repository(config: Config) -> Iterator[Finding]:
     backups = repository.backup_ids(config.repository.cluster)
     check_exclusive(store)
     yield Finding("repository", "ok", f"{store.url}, {len(backups)} backups of this cluster")
-    if repository.keyring is not None:
-        keys = len(repository.keyring.key_ids())
+    if repository.vault is not None:
+        keys = len(repository.vault.keyring.key_ids())
         yield Finding("encryption", "ok", f"on, {keys} master key{'s' if keys > 1 else ''}")
 
 

@@ -76,7 +76,7 @@ def init(config: Config, *, config_path: Path, with_extension: bool) -> InitRepo
         repository=store.url,
         repository_id=repository.id,
         repository_created=created,
-        encrypted=repository.keyring is not None,
+        encrypted=repository.vault is not None,
         cluster=config.repository.cluster,
         system_identifier=str(identity.system_identifier),
         server_version=identity.version,

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -36,6 +37,9 @@ from dbmodule.repository.chainview import ChainView
 from dbmodule.repository.document import unseal
 from dbmodule.repository.index import PackRef
 from dbmodule.repository.repository import Repository, cluster_document, manifest_name
+
+if TYPE_CHECKING:
+    from dbmodule.repository.vault import Vault
 
 SOUND = "sound"
 DAMAGED = "damaged"
@@ -179,11 +183,8 @@ def _check_other_documents(
                 return len(data)
 
             findings.check(name, read)
-    _check_keys(repository, findings)
-    findings.damage += [
-        Damage(name, "is no object of this repository: it was renamed, or put there")
-        for name in repository.strangers()
-    ]
+    if repository.vault is not None:
+        _check_vault(repository.vault, findings)
     indexed: set[pack.PackId] = set()
     before = len(findings.damage)
     for name in store.list(index.PREFIX):
@@ -197,12 +198,14 @@ def _check_other_documents(
     return indexed if len(findings.damage) == before else None
 
 
-def _check_keys(repository: Repository, findings: _Findings) -> None:
-    """The master keys of an encrypted repository, as far as that can be told without them."""
-    if repository.keyring is None:
-        return
-    for key_id in repository.keyring.key_ids():
-        findings.check(f"keys/{key_id}.json", functools.partial(repository.keyring.check, key_id))
+def _check_vault(vault: Vault, findings: _Findings) -> None:
+    """Master keys, as far as can be told without them, and objects that do not belong there."""
+    for key_id in vault.keyring.key_ids():
+        findings.check(f"keys/{key_id}.json", functools.partial(vault.keyring.check, key_id))
+    findings.damage += [
+        Damage(name, "is no object of this repository: it was renamed, or put there")
+        for name in vault.store.strangers()
+    ]
 
 
 def _collect_packs(

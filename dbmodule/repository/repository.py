@@ -14,15 +14,13 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dbmodule.errors import (
     BrokenChainError,
     CorruptObjectError,
     FormatVersionError,
-    MasterKeyError,
     ObjectExistsError,
     ObjectMissingError,
     RefusedError,
@@ -42,12 +40,9 @@ from dbmodule.repository.tables import TableReader
 from dbmodule.repository.writer import FrameWriter
 
 if TYPE_CHECKING:
-    from dbmodule.repository.encrypted import EncryptedStore
-    from dbmodule.repository.keys import Keyring
+    from dbmodule.repository.vault import Vault
 
 DESCRIPTION = "repository.json"
-CIPHER = "aes-256-gcm"
-_PROBES = "probe/"
 _CLUSTER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 
@@ -77,8 +72,8 @@ class Repository:
         self.id = repository_id
         self.key = key
         self.frames = FrameReader(store, key)
-        self.keyring: Keyring | None = None
-        """The master keys of an encrypted repository."""
+        self.vault: Vault | None = None
+        """Of an encrypted repository; `store` is its inside."""
 
     # -- opening --------------------------------------------------------------------------------
 
@@ -89,7 +84,9 @@ class Repository:
         With a `secret`, which becomes its first master key, everything in it is encrypted.
         """
         if secret is not None:
-            _create_encrypted(store, secret)
+            from dbmodule.repository.vault import create_vault
+
+            create_vault(store, DESCRIPTION, secret)
         else:
             body = {
                 "format": FORMAT,
@@ -117,7 +114,12 @@ class Repository:
         body, binding = unseal(DESCRIPTION, data, None)
         try:
             if "cipher" in body:
-                return _open_encrypted(store, body, binding, secret)
+                from dbmodule.repository.vault import open_vault
+
+                vault = open_vault(store, DESCRIPTION, body, binding, secret)
+                opened = cls(vault.store, body["id"], vault.hash_key)
+                opened.vault = vault
+                return opened
             opened = cls(store, body["id"], bytes.fromhex(body["hash_key"]))
         except (KeyError, TypeError, ValueError) as error:
             raise CorruptObjectError(f"{DESCRIPTION}: not a valid description") from error
@@ -136,13 +138,6 @@ class Repository:
             return store.size(DESCRIPTION) >= 0
         except ObjectMissingError:
             return False
-
-    def strangers(self) -> Sequence[str]:
-        """Objects of an encrypted repository that nobody with its key has put there."""
-        if self.keyring is None:
-            return []
-        store: EncryptedStore = self.store  # type: ignore[assignment]
-        return store.strangers()
 
     # -- clusters -------------------------------------------------------------------------------
 
@@ -238,52 +233,3 @@ class Repository:
 
     def writer(self, compression_level: int) -> FrameWriter:
         return FrameWriter(self.store, self.key, self.frames, compression_level)
-
-
-def _create_encrypted(store: ObjectStore, secret: Secret) -> None:
-    """Write the first master key, then the description: from then on there is a repository."""
-    from dbmodule.repository.keys import Keyring, key_name
-
-    if Repository.exists(store):
-        raise ObjectExistsError(f"there is a repository at {store.url}")
-    salt = secrets.token_bytes(32)
-    body = {
-        "format": FORMAT,
-        "id": secrets.token_hex(16),
-        "cipher": CIPHER,
-        "salt": salt.hex(),
-    }
-    description = seal(body, None)
-    binding = unseal(DESCRIPTION, description, None)[1]
-    key = Keyring(store, salt, binding, secrets.token_bytes(32)).add(secret, "")
-    try:
-        store.put_new(DESCRIPTION, [description])
-    except ObjectExistsError:
-        # Another was quicker: its description does not belong to this key.
-        store.delete(key_name(key.key_id))
-        raise
-
-
-def _open_encrypted(
-    store: ObjectStore, body: dict[str, Any], binding: str, secret: Secret | None
-) -> Repository:
-    if body["cipher"] != CIPHER:
-        raise FormatVersionError(
-            f"{DESCRIPTION}: cipher {body['cipher']!r} is not known to this version of dbmodule",
-            hint="Install the version of dbmodule that wrote the repository, or a newer one.",
-        )
-    if secret is None:
-        raise MasterKeyError(
-            f"the repository at {store.url} is encrypted, and no master key is given",
-            hint="Set key_file or key_command in [repository], or DBMODULE_REPOSITORY__KEY in the"
-            " environment.",
-        )
-    from dbmodule.repository.cipher import hash_key
-    from dbmodule.repository.encrypted import EncryptedStore
-    from dbmodule.repository.keys import PREFIX, Keyring
-
-    keyring = Keyring.unlock(store, bytes.fromhex(body["salt"]), binding, secret)
-    inner = EncryptedStore(store, keyring.data_key, plain=(DESCRIPTION, PREFIX, _PROBES))
-    opened = Repository(inner, body["id"], hash_key(keyring.data_key))
-    opened.keyring = keyring
-    return opened

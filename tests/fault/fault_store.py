@@ -65,13 +65,13 @@ class FaultStore:
                         self._store.put_new(name, chunks)
                     raise RepositoryError(f"cannot write {name}: no answer")
                 case Fault.KILL_BEFORE:
-                    die()
+                    _die()
                 case Fault.KILL_WITHIN:
                     return self._store.put_new(name, _until_dead(chunks))
                 case Fault.KILL_AFTER:
                     with suppress(ObjectExistsError):
                         self._store.put_new(name, chunks)
-                    die()
+                    _die()
         return self._store.put_new(name, chunks)
 
     def get(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
@@ -132,9 +132,9 @@ def _until_full(name: str, chunks: Iterable[Buffer]) -> Iterator[Buffer]:
 
 def _until_dead(chunks: Iterable[Buffer]) -> Iterator[Buffer]:
     yield _half(chunks)
-    die()
+    _die()
 
 
-def die() -> None:
+def _die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
     signal.pause()  # the signal is on its way

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
 from dbmodule.errors import RepositoryError
 from dbmodule.ports import ObjectStore
 from dbmodule.repository.keys import Keyring
 from dbmodule.repository.repository import Repository
 from dbmodule.repository.secret import Secret
-from tests.fault.fault_store import Fault, FaultStore, die
+from tests.fault.fault_store import Fault, FaultStore
 
 FIRST, SECOND, THIRD = (Secret(digit * 64) for digit in (b"1", b"2", b"3"))
 
@@ -20,20 +23,20 @@ class ChangeFaults(FaultStore):
             self.writes.append(name)
             strikes = len(self.writes) == self._at
         if strikes and self._fault is Fault.KILL_BEFORE:
-            die()
+            os.kill(os.getpid(), signal.SIGKILL)
         if strikes and self._fault is Fault.BEFORE:
             raise RepositoryError(f"cannot remove {name}: the wire was cut")
         self._store.delete(name)
         if strikes and self._fault in (Fault.KILL_WITHIN, Fault.KILL_AFTER):
-            die()
+            os.kill(os.getpid(), signal.SIGKILL)
         if strikes:
             raise RepositoryError(f"cannot remove {name}: no answer")
 
 
 def keyring(store: ObjectStore, secret: Secret = FIRST) -> Keyring:
-    found = Repository.open(store, secret).keyring
-    assert found is not None
-    return found
+    vault = Repository.open(store, secret).vault
+    assert vault is not None
+    return vault.keyring
 
 
 def change(store: ObjectStore, what: str) -> None:

@@ -46,8 +46,8 @@ class Archive:
         self.root = root
         mini.make_mini(source, root)
         self.repository = Repository.create(self.store, secret)
-        if self.repository.keyring is not None:
-            self.repository.keyring.add(Secret.new(), "another")
+        if self.repository.vault is not None:
+            self.repository.vault.keyring.add(Secret.new(), "another")
         for step, kind in enumerate(kinds, 1):
             manifest = mini.back_up(self.store, root, kind)
             self.known[manifest.backup_id] = mini.contents(root)
@@ -74,9 +74,9 @@ class Archive:
 
     def opens(self, name: str) -> bool:
         """Can nothing be read without this object?"""
-        keyring = self.repository.keyring
+        vault = self.repository.vault
         return name == DESCRIPTION or (
-            keyring is not None and name == f"keys/{keyring.key_id}.json"
+            vault is not None and name == f"keys/{vault.keyring.key_id}.json"
         )
 
     def with_planted(self, planted: Planted) -> ObjectStore:
