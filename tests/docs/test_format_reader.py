@@ -39,7 +39,7 @@ def expect(condition: bool, what: str) -> None:
         raise FormatError(what)
 
 
-# -- encryption [15] ----------------------------------------------------------------------------
+# -- encryption [17] ----------------------------------------------------------------------------
 
 
 def derive(context: str, data: bytes, length: int = 32) -> bytes:
@@ -138,7 +138,7 @@ class Reader:
             self.key = bytes.fromhex(description["hash_key"])
         self.footers: dict[str, list[tuple[int, int, int, int, bytes, list[bytes]]]] = {}
 
-    # -- objects, encrypted or not [15] ---------------------------------------------------------
+    # -- objects, encrypted or not [17] ---------------------------------------------------------
 
     def object(self, name: str) -> bytes:
         if self.vault is None:
