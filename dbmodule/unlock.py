@@ -6,6 +6,7 @@ read here is the key itself.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import stat
@@ -13,7 +14,7 @@ import subprocess
 from pathlib import Path
 
 from dbmodule.config import Config, RepositorySection
-from dbmodule.errors import MasterKeyError, UsageError
+from dbmodule.errors import MasterKeyError, RepositoryError, UsageError
 from dbmodule.reports import NewKey
 from dbmodule.repository.repository import Repository
 from dbmodule.repository.secret import Secret
@@ -27,7 +28,14 @@ _COMMAND_SECONDS = 120
 def open_repository(config: Config, *, dry: bool = False) -> Repository:
     """The configured repository, opened with the configured key; `dry` writes nothing to it."""
     store = open_store(config.repository.url, config.repository.options)
-    return Repository.open(DryStore(store) if dry else store, master_secret(config.repository))
+    try:
+        secret = master_secret(config.repository)
+    except MasterKeyError:
+        with contextlib.suppress(RepositoryError):
+            # That the repository is not encrypted at all says more, and is no such error.
+            Repository.open(store, Secret.new())
+        raise
+    return Repository.open(DryStore(store) if dry else store, secret)
 
 
 def master_secret(settings: RepositorySection) -> Secret | None:
@@ -36,7 +44,7 @@ def master_secret(settings: RepositorySection) -> Secret | None:
     The one in the environment wins: so a copy of a key can be used where the usual one is lost.
     """
     if settings.key is not None:
-        return Secret.read(settings.key.get_secret_value().encode())
+        return Secret.read(os.fsencode(settings.key.get_secret_value()))
     if settings.key_file is not None:
         return _from_file(settings.key_file)
     if settings.key_command:

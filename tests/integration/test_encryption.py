@@ -87,7 +87,11 @@ def test_a_chain_restores_byte_for_byte(site: Site) -> None:
         # What is encrypted cannot be compressed.
         if len(data) > 4096:
             assert len(set(data[:4096])) > 240, name
+    before = stored(site)
+    dry = site.full(offline=True, dry_run=True)
+    assert stored(site) == before
     second = site.full(offline=True)
+    assert 0 < dry.bytes_stored <= second.bytes_stored + 4096
     assert second.bytes_stored < full.bytes_stored / 2
 
 
@@ -102,9 +106,13 @@ def test_in_the_place_of_an_encrypted_repository_no_other_is_used(site: Site) ->
     for action in (site.full, site.diff, site.app.backups, site.restore):
         with pytest.raises(RefusedError, match="not encrypted"):
             action()
+    key_file = site.config.repository.key_file
+    assert key_file is not None
+    key_file.unlink()
     with pytest.raises(RefusedError, match="not encrypted"):
         site.app.init(config_path=site.base / "encrypted.toml", extension=False)
     assert stored(site) == before
+    assert not key_file.exists()
 
 
 def test_on_s3(make_site: SiteFactory, s3: S3) -> None:
