@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -22,8 +22,8 @@ from dbmodule.errors import (
     UsageError,
 )
 from dbmodule.ident import SystemId
-from dbmodule.ports import ObjectStore
-from dbmodule.repository.document import seal
+from dbmodule.ports import Buffer, ObjectStore
+from dbmodule.repository.document import seal, unseal
 from dbmodule.repository.keys import Keyring
 from dbmodule.repository.repository import DESCRIPTION, Repository
 from dbmodule.repository.secret import Secret
@@ -219,6 +219,34 @@ def test_of_two_who_create_one_wins(store: MemoryStore) -> None:
         Repository.create(Race(store, {}), FIRST)
     assert len(list(store.list("keys/"))) == 1
     Repository.open(store, SECOND)
+
+
+def test_an_answer_that_came_wrong_costs_no_key(store: MemoryStore) -> None:
+    """The description is there, and the store says that it was there before."""
+
+    class Confused(DamagedStore):
+        def put_new(self, name: str, chunks: Iterable[Buffer]) -> int:
+            size = store.put_new(name, chunks)
+            if name == DESCRIPTION:
+                raise ObjectExistsError(f"object already exists: {name}")
+            return size
+
+    with pytest.raises(ObjectExistsError):
+        Repository.create(Confused(store, {}), FIRST)
+    Repository.open(store, FIRST)
+
+
+def test_what_is_known_of_a_key_cannot_be_changed(store: MemoryStore) -> None:
+    """Not even where the hash of its document is made anew, which takes no key."""
+    prepared(store, "add")
+    (name,) = store.list("keys/")
+    body, _ = unseal(name, store.get(name), None)
+    for member in ("info", "wrapped"):
+        planted = bytearray.fromhex(body[member])
+        planted[-20] ^= 1
+        changed = seal({**body, member: planted.hex()}, None)
+        with pytest.raises(CorruptObjectError):
+            Repository.open(DamagedStore(store, {name: changed}), FIRST)
 
 
 def check_after(store: ObjectStore, what: str, before: dict[str, bytes]) -> None:
