@@ -17,7 +17,6 @@ from dbmodule.errors import DbmoduleError, RepositoryError
 from dbmodule.ident import BackupId, BackupType, SystemId
 from dbmodule.ports import ObjectStore
 from dbmodule.reports import VerifyReport
-from dbmodule.repository import cipher, encrypted
 from dbmodule.repository.encrypted import EncryptedStore
 from dbmodule.repository.repository import Repository
 from dbmodule.repository.secret import Secret
@@ -296,29 +295,6 @@ def test_damaged_index_costs_space_only(archive: Archive, tmp_path: Path) -> Non
                 target = tmp_path / str(manifest.backup_id)
                 mini.restore_to(store, manifest.backup_id, target)
                 assert mini.restored_contents(target, before) == before
-
-
-def test_a_damaged_piece_of_an_encrypted_index_costs_space_only(
-    stopped_cluster: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Seen to fail the backup: other than without encryption, reading a part may be an error."""
-    for module in (cipher, encrypted):
-        monkeypatch.setattr(module, "PIECE", 512)
-        monkeypatch.setattr(module, "STORED_PIECE", 512 + cipher.TAG_BYTES)
-    made = Archive(stopped_cluster, tmp_path / "data", [BackupType.FULL], mini.SECRET)
-    before = mini.contents(made.root)
-    (name,) = made.named("index/")
-    data = made.objects[name]
-    places = range(cipher.SALT_BYTES, len(data), 512 + cipher.TAG_BYTES)
-    assert len(places) > 3
-    for number, place in enumerate(places):
-        store = MemoryStore()
-        for other, content in made.objects.items():
-            store.put_new(other, [flip(content, place, 1) if other == name else content])
-        manifest = mini.back_up(store, made.root, BackupType.DIFF)
-        target = tmp_path / str(number)
-        mini.restore_to(store, manifest.backup_id, target)
-        assert mini.restored_contents(target, before) == before
 
 
 def test_what_nobody_with_the_key_has_put_there_is_found(
