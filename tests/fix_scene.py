@@ -18,6 +18,7 @@ import pytest
 from dbmodule.ident import BackupId, BackupType
 from dbmodule.repository.locks import LockTiming
 from dbmodule.repository.repository import Repository
+from dbmodule.repository.secret import Secret
 from dbmodule.repository.writer import FrameWriter
 from dbmodule.storage import LocalStore
 from tests.fault import mini
@@ -31,14 +32,14 @@ REPOSITORY_ROOT = Path(__file__).parents[1]
 class Scene:
     """A mini cluster and its repository, with what each committed backup must restore to."""
 
-    def __init__(self, source: Path, base: Path) -> None:
+    def __init__(self, source: Path, base: Path, secret: Secret | None = None) -> None:
         self.root = base / "data"
         self.base = base
         self.store = LocalStore(base / "repo")
         self.known: dict[BackupId, dict[str, bytes]] = {}
         self._restores = 0
         mini.make_mini(source, self.root)
-        Repository.create(self.store)
+        Repository.create(self.store, secret)
 
     def back_up(
         self,
@@ -53,7 +54,7 @@ class Scene:
 
     def check(self) -> None:
         """Exactly the committed backups are listed, all are sound, the last one restores."""
-        listed = Repository.open(self.store).backup_ids(mini.CLUSTER)
+        listed = mini.opened(self.store).backup_ids(mini.CLUSTER)
         assert set(listed) == set(self.known)
         report = mini.verify_all(self.store)
         assert (report.status, report.damage) == ("sound", [])
@@ -77,7 +78,7 @@ class Scene:
 
     def accept_late_commit(self, before: set[BackupId]) -> None:
         """A backup whose very last answer was lost is a whole one: what happened must be so."""
-        for backup in set(Repository.open(self.store).backup_ids(mini.CLUSTER)) - before:
+        for backup in set(mini.opened(self.store).backup_ids(mini.CLUSTER)) - before:
             self.known[backup] = mini.contents(self.root)
 
 
@@ -89,9 +90,15 @@ def stopped_cluster(clusters: Clusters) -> Path:
 
 
 @pytest.fixture
-def scene(stopped_cluster: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Scene:
+def scene(
+    stopped_cluster: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> Scene:
+    """Encrypted with the parameter, a `Secret`, if there is one."""
     monkeypatch.setattr(FrameWriter, "PACK_BYTES", PACK_BYTES)
-    return Scene(stopped_cluster, tmp_path)
+    return Scene(stopped_cluster, tmp_path, getattr(request, "param", None))
 
 
 def _process(*arguments: str) -> subprocess.Popen[str]:

@@ -186,7 +186,12 @@ class ContentIndex:
             if found is not None:
                 self._cache.move_to_end((segment, shard))
                 return found
-        entries = self._segments[segment].load(shard)
+        try:
+            entries = self._segments[segment].load(shard)
+        except CorruptObjectError as error:
+            # As above: in an encrypted repository damage is found when the entries are read.
+            log.warning("the index is used without a part of one segment: %s", error)
+            entries = np.empty(0, ENTRY)
         with self._lock:
             self._cache[segment, shard] = entries
             self._cached += entries.nbytes
