@@ -67,10 +67,15 @@ class Scene:
         expected = self.known[backup]
         assert mini.restored_contents(target, expected) == expected
 
-    def run_expiry(self, going: Iterable[BackupId], number: int, fault: Fault) -> int:
+    def expiry(
+        self, going: Iterable[BackupId], number: int, fault: Fault, only: str = ""
+    ) -> subprocess.Popen[str]:
         """An expiry in a process of its own, to which a fault happens at step `number`."""
-        arguments = [str(self.base / "repo"), str(number), fault, *going]
-        process = _process("tests.fault.killed_expiry", *arguments)
+        arguments = [str(self.base / "repo"), str(number), fault, only, *going]
+        return _process("tests.fault.killed_expiry", *arguments)
+
+    def run_expiry(self, going: Iterable[BackupId], number: int, fault: Fault) -> int:
+        process = self.expiry(going, number, fault)
         _, errors = process.communicate(timeout=60)
         assert "Traceback" not in errors, errors
         return process.returncode
