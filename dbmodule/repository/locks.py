@@ -40,6 +40,7 @@ PREFIX = "locks/"
 OWNER = "owner.json"
 ENDED = "ended"
 EXPIRE = "expire"
+_LONGEST_PAUSE = 600.0
 BACKUP = "backup-"
 
 Revoke = Callable[[str, BackupId], None]
@@ -235,11 +236,33 @@ class Locks:
             self.end(mine, token)
 
     def end(self, epoch: Epoch, token: str) -> None:
-        """Give an own epoch up; who cannot write is found dead by its process."""
+        """Give an own epoch up, later if the store cannot be reached now.
+
+        Else other processes of this host would be kept out for as long as this one lives.
+        """
         with self._guard:
             self._held.discard(token)
-        with suppress(RepositoryError):
+        if not self._ended(epoch):
+            name = f"end-{epoch.name}"
+            threading.Thread(target=self._end_later, args=(epoch,), name=name, daemon=True).start()
+
+    def _ended(self, epoch: Epoch) -> bool:
+        try:
             self._store.put_new(epoch.object(ENDED), [])
+        except ObjectExistsError:
+            return True
+        except RepositoryError as error:
+            log.warning("the lock %s could not be given back yet: %s", epoch.name, error)
+            return False
+        return True
+
+    def _end_later(self, epoch: Epoch) -> None:
+        pause, never = self.timing.beat, threading.Event()
+        while True:
+            never.wait(pause)
+            if self._ended(epoch):
+                return
+            pause = min(2 * pause, _LONGEST_PAUSE)
 
     def _clean(self, mine: Epoch) -> None:
         """Remove what is left of earlier epochs. That a store refuses to is no harm."""
