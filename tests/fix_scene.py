@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from dbmodule.ident import BackupId, BackupType
+from dbmodule.ports import ObjectStore
 from dbmodule.repository.locks import LockTiming
 from dbmodule.repository.repository import Repository
 from dbmodule.repository.writer import FrameWriter
@@ -34,7 +35,7 @@ class Scene:
     def __init__(self, source: Path, base: Path) -> None:
         self.root = base / "data"
         self.base = base
-        self.store = LocalStore(base / "repo")
+        self.store: ObjectStore = LocalStore(base / "repo")
         self.known: dict[BackupId, dict[str, bytes]] = {}
         self._restores = 0
         mini.make_mini(source, self.root)

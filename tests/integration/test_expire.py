@@ -26,6 +26,7 @@ from dbmodule.repository.writer import FrameWriter
 from dbmodule.storage import LocalStore
 from tests.fault import mini
 from tests.fault.fault_store import DamagedStore, Fault, FaultStore
+from tests.fix_s3 import S3
 from tests.fix_scene import (
     PACK_BYTES,
     Scene,
@@ -402,6 +403,23 @@ def usage_of(scene: Scene) -> Usage:
     for manifest in repository.manifests(mini.CLUSTER).values():
         usage.add(manifest)
     return usage
+
+
+def test_on_an_object_store(scene: Scene, s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FrameWriter, "PACK_BYTES", BIG_PACKS)
+    scene.store = s3.store()
+    Repository.create(scene.store)
+    write_blob(scene, 1)
+    old = grow(scene, FULL, DIFF)
+    write_blob(scene, 2)
+    grow(scene, FULL)
+    report = remove(scene, old)
+    assert report.removed == old[::-1]
+    assert report.packs_rewritten > 0
+    assert remove(scene, []).packs_removed > 0
+    scene.check()
+    expect_clean(scene)
+    scene.check()
 
 
 # -- faults -------------------------------------------------------------------------------------
