@@ -19,7 +19,7 @@ from dbmodule.reports import ExpireReport
 from dbmodule.repository.condemned import Condemned
 from dbmodule.repository.husk import name_of_husk
 from dbmodule.repository.locks import LockTiming
-from dbmodule.repository.pack import name_of
+from dbmodule.repository.pack import PackId, name_of
 from dbmodule.repository.repository import Repository
 from dbmodule.repository.usage import Usage
 from dbmodule.repository.writer import FrameWriter
@@ -395,6 +395,33 @@ def test_packs_that_are_mostly_dead_are_rewritten(
     # What no backup refers to by the old name needs no husk.
     usage = usage_of(scene)
     assert usage.husks <= usage.referenced
+
+
+def test_verify_finds_what_is_wrong_with_a_husk(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FrameWriter, "PACK_BYTES", BIG_PACKS)
+    write_blob(scene, 1)
+    first = grow(scene, FULL)
+    write_blob(scene, 2)
+    grow(scene, FULL)
+    assert remove(scene, first).packs_rewritten > 0
+    assert remove(scene, []).packs_removed > 0
+    husk = next(scene.store.list("husks/"))
+    data = bytearray(scene.store.get(husk))
+    data[len(data) // 2] ^= 1
+    husked = PackId(husk.rpartition("/")[2])
+    moved = Repository.open(scene.store).frames.husk(husked)
+    assert moved is not None
+    target = name_of(moved.packs[0].pack)
+    for name, content, said in (
+        (husk, bytes(data), husk),
+        (husk, None, name_of(husked)),
+        (target, None, target),
+    ):
+        report = mini.verify_all(DamagedStore(scene.store, {name: content}))
+        assert report.status == "damaged"
+        assert any(said in f"{d.object}: {d.problem}" for d in report.damage), report.damage
 
 
 def usage_of(scene: Scene) -> Usage:
