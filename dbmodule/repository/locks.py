@@ -13,6 +13,7 @@ before its epoch ends: then it cannot commit any more, whatever it does when it 
 from __future__ import annotations
 
 import logging
+import re
 import secrets
 import threading
 import time
@@ -41,6 +42,7 @@ OWNER = "owner.json"
 ENDED = "ended"
 EXPIRE = "expire"
 _LONGEST_PAUSE = 600.0
+_OBJECT = re.compile(r"locks/([^/]+)/(\d{10})/(owner\.json|ended|beat-\d{10})")
 BACKUP = "backup-"
 
 Revoke = Callable[[str, BackupId], None]
@@ -119,7 +121,10 @@ class Locks:
     def _newest(self, prefix: str) -> dict[str, Epoch]:
         found: dict[str, Epoch] = {}
         for object_name in self._store.list(prefix):
-            _, name, number, part = object_name.split("/")
+            match = _OBJECT.fullmatch(object_name)
+            if match is None:
+                continue  # nobody's
+            name, number, part = match.groups()
             known = found.get(name)
             if known is None or int(number) > known.number:
                 known = Epoch(name, int(number), 0, False)
