@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from dbmodule.errors import DamageError, LockedError, RepositoryError
+from dbmodule.errors import DamageError, LockedError, NoBaselineError, RepositoryError
 from dbmodule.ident import BackupId, BackupType
 from dbmodule.ports import Buffer
 from dbmodule.processes import LocalProcesses
@@ -196,6 +196,23 @@ def test_a_full_killed_near_its_end_uploads_little_again(scene: Scene) -> None:
     again = other.back_up(FULL)
     assert again < whole * 0.17
     other.check()
+
+
+def test_nothing_is_built_on_a_backup_whose_removal_has_begun(scene: Scene) -> None:
+    full, diff = grow(scene, FULL, DIFF)
+    failing = FaultStore(scene.store, 1, Fault.BEFORE, only=MANIFEST, removals=True)
+    with pytest.raises(RepositoryError, match="the wire was cut"):
+        mini.run_expire(failing, [diff])
+    scene.check()  # it is still there, and still whole
+    mini.change_state(scene.root, 5)
+    with pytest.raises(NoBaselineError):
+        mini.back_up(scene.store, scene.root, INCR, baseline=diff)
+    made = mini.back_up(scene.store, scene.root, INCR)
+    assert made.baseline_id == full
+    scene.known[made.backup_id] = mini.contents(scene.root)
+    # The next expiry goes on with it, though it was not asked to.
+    assert remove(scene, []).removed == [diff]
+    scene.check()
 
 
 class Meeting(FaultStore):
