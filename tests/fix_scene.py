@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from dbmodule.ident import BackupId, BackupType
+from dbmodule.ports import ObjectStore
 from dbmodule.repository.locks import LockTiming
 from dbmodule.repository.repository import Repository
 from dbmodule.repository.secret import Secret
@@ -35,7 +36,7 @@ class Scene:
     def __init__(self, source: Path, base: Path, secret: Secret | None = None) -> None:
         self.root = base / "data"
         self.base = base
-        self.store = LocalStore(base / "repo")
+        self.store: ObjectStore = LocalStore(base / "repo")
         self.known: dict[BackupId, dict[str, bytes]] = {}
         self._restores = 0
         mini.make_mini(source, self.root)
@@ -68,10 +69,15 @@ class Scene:
         expected = self.known[backup]
         assert mini.restored_contents(target, expected) == expected
 
-    def run_expiry(self, going: Iterable[BackupId], number: int, fault: Fault) -> int:
+    def expiry(
+        self, going: Iterable[BackupId], number: int, fault: Fault, only: str = ""
+    ) -> subprocess.Popen[str]:
         """An expiry in a process of its own, to which a fault happens at step `number`."""
-        arguments = [str(self.base / "repo"), str(number), fault, *going]
-        process = _process("tests.fault.killed_expiry", *arguments)
+        arguments = [str(self.base / "repo"), str(number), fault, only, *going]
+        return _process("tests.fault.killed_expiry", *arguments)
+
+    def run_expiry(self, going: Iterable[BackupId], number: int, fault: Fault) -> int:
+        process = self.expiry(going, number, fault)
         _, errors = process.communicate(timeout=60)
         assert "Traceback" not in errors, errors
         return process.returncode

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dbmodule.errors import CorruptObjectError, FormatVersionError
+from dbmodule.errors import CorruptObjectError, FormatVersionError, ObjectMissingError
 from dbmodule.ports import Buffer, ObjectStore
 from dbmodule.registry import HASH_BYTES
 from dbmodule.repository.document import FORMAT
@@ -173,6 +173,8 @@ class ContentIndex:
         for name in store.list(PREFIX):
             try:
                 self._segments.append(_Segment(store, name))
+            except ObjectMissingError:
+                continue  # an expiry has replaced it since it was listed
             except (CorruptObjectError, FormatVersionError) as error:
                 # A hint that cannot be read is none; `verify` reports it as the damage it is.
                 log.warning("the index is used without one segment: %s", error)
@@ -192,6 +194,8 @@ class ContentIndex:
             # As above: in an encrypted repository damage is found when the entries are read.
             log.warning("the index is used without a part of one segment: %s", error)
             entries = np.empty(0, ENTRY)
+        except ObjectMissingError:
+            entries = np.empty(0, ENTRY)  # an expiry has replaced it since it was opened
         with self._lock:
             self._cache[segment, shard] = entries
             self._cached += entries.nbytes

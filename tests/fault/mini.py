@@ -89,7 +89,11 @@ def opened(store: ObjectStore) -> Repository:
 
 
 def back_up(
-    store: ObjectStore, root: Path, kind: BackupType, timing: LockTiming | None = None
+    store: ObjectStore,
+    root: Path,
+    kind: BackupType,
+    timing: LockTiming | None = None,
+    baseline: BackupId | None = None,
 ) -> Manifest:
     """One offline backup of the data directory at `root`."""
     repository = opened(store)
@@ -106,7 +110,7 @@ def back_up(
         compression_level=1,
         locks=repository.locks(LocalProcesses(), timing),
     )
-    options = BackupOptions(kind, offline=True)
+    options = BackupOptions(kind, offline=True, baseline_id=baseline)
     return take_backup(
         environment, options, job_id=None, progress=no_progress, cancelled=never_cancelled
     ).manifest
