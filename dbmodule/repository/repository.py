@@ -54,6 +54,7 @@ if TYPE_CHECKING:
 
 DESCRIPTION = "repository.json"
 MANIFESTS = "manifests/"
+_CONTENT = ("clusters/", MANIFESTS, "packs/")
 REVOKED = "revoked"
 """Member of a tombstone, true."""
 _CLUSTER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
@@ -100,8 +101,15 @@ class Repository:
     def create(cls, store: ObjectStore, secret: Secret | None = None) -> Repository:
         """Write a new repository's description; raises `ObjectExistsError` if there is one.
 
-        With a `secret`, which becomes its first master key, everything in it is encrypted.
+        With a `secret`, which becomes its first master key, everything in it is encrypted. Where
+        only the description of an earlier one is gone, `RefusedError`: no other opens its backups.
         """
+        left = next((n for folder in _CONTENT for n in store.list(folder)), None)
+        if left is not None and not cls.exists(store):
+            raise RefusedError(
+                f"{store.url} holds {left}, but no {DESCRIPTION}: a repository has lost it",
+                hint=f"Put {DESCRIPTION} back from a copy, or use another url for a new one.",
+            )
         if secret is not None:
             from dbmodule.repository.vault import create_vault
 
