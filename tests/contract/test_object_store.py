@@ -27,6 +27,7 @@ from dbmodule.errors import (
 from dbmodule.ports import ObjectStore
 from dbmodule.repository.encrypted import EncryptedStore
 from dbmodule.storage import LocalStore, MemoryStore, open_store
+from tests.fix_azure import INSTALLED
 
 STORES: dict[str, Callable[[pytest.FixtureRequest, Path], ObjectStore]] = {
     "local": lambda request, path: LocalStore(path / "repository"),
@@ -35,8 +36,11 @@ STORES: dict[str, Callable[[pytest.FixtureRequest, Path], ObjectStore]] = {
         LocalStore(path / "repository"), bytes(32), plain=()
     ),
     "s3": lambda request, path: request.getfixturevalue("s3").store(),
-    "azure": lambda request, path: request.getfixturevalue("azure").store(),
 }
+
+
+if INSTALLED:
+    STORES["azure"] = lambda request, path: request.getfixturevalue("azure").store()
 
 
 @pytest.fixture(params=sorted(STORES))
