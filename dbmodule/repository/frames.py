@@ -34,14 +34,15 @@ def _decompressor() -> zstandard.ZstdDecompressor:
 
 
 class FrameReader:
-    """Frames of a repository's packs. Safe for threads; keeps a bounded number of footers."""
+    """Frames of a repository's packs. Safe for threads; keeps footers up to a number of bytes."""
 
-    FOOTERS = 512
+    FOOTER_BYTES = 32 << 20
 
     def __init__(self, store: ObjectStore, key: bytes) -> None:
         self._store = store
         self._key = key
         self._footers: OrderedDict[str, Footer] = OrderedDict()
+        self._footer_bytes = 0
         self._lock = threading.Lock()
 
     def footer(self, ref: PackRef) -> Footer:
@@ -60,9 +61,11 @@ class FrameReader:
         if footer.object_size != ref.size:
             raise CorruptObjectError(f"{name}: is referred to with the wrong size")
         with self._lock:
-            self._footers[ref.pack] = footer
-            while len(self._footers) > self.FOOTERS:
-                self._footers.popitem(last=False)
+            if ref.pack not in self._footers:
+                self._footers[ref.pack] = footer
+                self._footer_bytes += footer.length
+            while self._footer_bytes > self.FOOTER_BYTES and len(self._footers) > 1:
+                self._footer_bytes -= self._footers.popitem(last=False)[1].length
         return footer
 
     def frame(self, ref: PackRef, number: int) -> bytes:

@@ -26,10 +26,11 @@ from dbmodule.errors import (
 )
 from dbmodule.ident import BackupId, SystemId
 from dbmodule.manifest import Manifest, from_body, to_body
-from dbmodule.ports import ObjectStore
+from dbmodule.ports import Cancelled, ObjectStore
 from dbmodule.repository.document import FORMAT, seal, unseal
 from dbmodule.repository.frames import FrameReader
 from dbmodule.repository.index import PackRef
+from dbmodule.repository.merge import tidy
 from dbmodule.repository.pack import PackId
 from dbmodule.repository.tables import TableReader
 from dbmodule.repository.writer import FrameWriter
@@ -186,6 +187,10 @@ class Repository:
     def tables(self, manifest: Manifest) -> TableReader:
         root = manifest.root
         return TableReader(self.frames, PackRef(PackId(root.pack), root.size, root.footer))
+
+    def tidy_index(self, cancelled: Cancelled) -> None:
+        """Keep the content index quick, now that a backup is committed; raises nothing."""
+        tidy(self.store, self.key, cancelled)
 
     def writer(self, compression_level: int) -> FrameWriter:
         return FrameWriter(self.store, self.key, self.frames, compression_level)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,7 +28,8 @@ from dbmodule.ports import Buffer, ObjectStore
 from dbmodule.registry import HASH_BYTES
 from dbmodule.repository import index
 from dbmodule.repository.frames import FrameReader
-from dbmodule.repository.index import ContentIndex, PackRef
+from dbmodule.repository.index import Hit, PackRef
+from dbmodule.repository.lookup import ContentIndex
 from dbmodule.repository.pack import (
     ENCODING_RAW,
     ENCODING_ZSTD,
@@ -43,6 +43,8 @@ from dbmodule.repository.pack import (
 
 Ref = tuple[int, int, int]
 """Pack (row of this backup's pack table), frame, slot."""
+_KIND = {True: b"f", False: b"p"}
+"""What tells a frame's hash from a page's among those that are remembered."""
 
 
 @dataclass(slots=True)
@@ -60,24 +62,29 @@ class FrameWriter:
 
     PACK_BYTES = 32 << 20
     UPLOADS = 2
-    INDEX_ENTRIES = 1 << 20
+    INDEX_ENTRIES = 1 << 18
     """A segment is written whenever this many new entries have become durable."""
     RECENT = 1 << 17
     """Bound on the frames and pages of this very backup that are remembered for deduplication."""
+    GONE = 1 << 16
+    """Bound on the packs that are remembered as missing though the index knows of them."""
 
     def __init__(self, store: ObjectStore, key: bytes, reader: FrameReader, level: int) -> None:
         self._store = store
         self._key = key
         self._reader = reader
         self._level = level
-        self._index = ContentIndex(store)
+        self._index = ContentIndex(store, key)
         self._lock = threading.Lock()
         self._local = threading.local()
         self._builder = PackBuilder()
         self._ordinal: int | None = None
         self._packs: list[PackRef | None] = []
         self._ordinals: dict[str, int] = {}
-        self._recent: OrderedDict[tuple[bytes, bool], Ref] = OrderedDict()
+        # Two generations: when the new one is full it becomes the old one.
+        self._recent: dict[bytes, Ref] = {}
+        self._less_recent: dict[bytes, Ref] = {}
+        self._gone: set[str] = set()
         self._uploads = ThreadPoolExecutor(self.UPLOADS, thread_name_prefix="upload")
         self._slots = threading.BoundedSemaphore(self.UPLOADS + 1)
         self._pending: list[Future[Footer]] = []
@@ -92,7 +99,7 @@ class FrameWriter:
         `pages` is how many pages of the data directory that is, for the counts.
         """
         digest = keyed(self._key, raw)
-        known = self._find(digest[:HASH_BYTES], whole=True)
+        known = self._find([digest[:HASH_BYTES]], whole=True)[0]
         if known is None:
             known = self._append(raw, digest, b"", pages)
         return known[0], known[1]
@@ -124,12 +131,15 @@ class FrameWriter:
         parts = page_slices(len(view))
         refs = np.empty(len(parts), REF)
         new: list[int] = []
-        for number, digest in enumerate(hashes):
-            known = self._find(digest, whole=False)
-            if known is None:
+        first: dict[bytes, int] = {}
+        again: list[int] = []
+        for number, known in enumerate(self._find(hashes, whole=False)):
+            if known is not None:
+                refs[number] = known
+            elif first.setdefault(hashes[number], number) == number:
                 new.append(number)
             else:
-                refs[number] = known
+                again.append(number)
         for start in range(0, len(new), FRAME_PAGES):
             batch = new[start : start + FRAME_PAGES]
             if batch[-1] - batch[0] == len(batch) - 1:
@@ -140,22 +150,40 @@ class FrameWriter:
             pack, frame, _ = self._append(raw, keyed(self._key, raw), joined, len(batch))
             for slot, number in enumerate(batch):
                 refs[number] = (pack, frame, slot)
+        for number in again:
+            refs[number] = refs[first[hashes[number]]]
         return refs
 
     # -- deduplication --------------------------------------------------------------------------
 
-    def _find(self, digest: bytes, *, whole: bool) -> Ref | None:
+    def _find(self, hashes: Sequence[bytes], *, whole: bool) -> list[Ref | None]:
+        """Where frames (`whole`) or pages with these 16-byte hashes are, as far as is known."""
+        kind = _KIND[whole]
+        found: list[Ref | None] = []
         with self._lock:
-            recent = self._recent.get((digest, whole))
-        if recent is not None:
-            return recent
-        hit = self._index.find(digest, whole=whole)
-        if hit is None:
+            for digest in hashes:
+                recent = self._recent.get(digest + kind)
+                found.append(recent or self._less_recent.get(digest + kind))
+        missing = [number for number, ref in enumerate(found) if ref is None]
+        hits = self._index.find_many([hashes[number] for number in missing], whole=whole)
+        for number, hit in zip(missing, hits, strict=True):
+            if hit is not None:
+                found[number] = self._confirmed(hit, hashes[number], whole=whole)
+        return found
+
+    def _confirmed(self, hit: Hit, digest: bytes, *, whole: bool) -> Ref | None:
+        """What the index says, if the pack's own footer says so too."""
+        if hit.pack.pack in self._gone:
             return None
         try:
             footer = self._reader.footer(hit.pack)
-        except (ObjectMissingError, CorruptObjectError):
-            return None  # a stale index: what it promises is not there, so the page is stored
+        except ObjectMissingError:
+            # A stale index: what it promises is not there, so the page is stored.
+            if len(self._gone) < self.GONE:
+                self._gone.add(hit.pack.pack)
+            return None
+        except CorruptObjectError:
+            return None
         if hit.frame >= len(footer.entries):
             return None
         if whole:
@@ -201,20 +229,20 @@ class FrameWriter:
             self.counts.frames_stored += 1
             self.counts.pages_stored += pages
             self.counts.bytes_compressed += len(stored)
-            self._remember(digest[:HASH_BYTES], True, (ordinal, frame, 0))
+            self._remember(digest[:HASH_BYTES] + _KIND[True], (ordinal, frame, 0))
             for slot in range(len(hashes) // HASH_BYTES):
                 page = hashes[slot * HASH_BYTES : (slot + 1) * HASH_BYTES]
-                self._remember(page, False, (ordinal, frame, slot))
+                self._remember(page + _KIND[False], (ordinal, frame, slot))
             if self._builder.size >= self.PACK_BYTES or len(self._builder) >= MAX_FRAMES:
                 full = ordinal, self._take_builder()
         if full is not None:
             self._upload(*full)
         return ordinal, frame, 0
 
-    def _remember(self, digest: bytes, whole: bool, ref: Ref) -> None:
-        self._recent[digest, whole] = ref
-        if len(self._recent) > self.RECENT:
-            self._recent.popitem(last=False)
+    def _remember(self, key: bytes, ref: Ref) -> None:
+        self._recent[key] = ref
+        if len(self._recent) >= self.RECENT // 2:
+            self._recent, self._less_recent = {}, self._recent
 
     def _take_builder(self) -> PackBuilder:
         builder, self._builder, self._ordinal = self._builder, PackBuilder(), None
@@ -265,13 +293,11 @@ class FrameWriter:
             if not self._unindexed or entries < at_least:
                 return
             footers, self._unindexed = self._unindexed, []
-        name, chunks = index.encode(footers, self._key)
-        try:
-            size = self._store.put_new(name, chunks)
-        except ObjectExistsError:
-            return
-        with self._lock:
-            self.counts.bytes_stored += size
+        for name, chunks in index.encode(footers, self._key):
+            with contextlib.suppress(ObjectExistsError):
+                size = self._store.put_new(name, chunks)
+                with self._lock:
+                    self.counts.bytes_stored += size
 
     def flush(self) -> list[PackRef]:
         """Make everything durable and give the pack table: references' first member is its row."""
