@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -15,7 +16,8 @@ from dbmodule import datafile
 from dbmodule.backup.batch import REREAD_SECONDS, Batch, OddPageError
 from dbmodule.backup.collect import Chunks, Collector
 from dbmodule.backup.relation import BATCH_BYTES, BATCH_PAGES, RelationCopy
-from dbmodule.backup.values import BaselineView, CopyResult, CopySettings
+from dbmodule.backup.small import SMALL_BYTES, copy_together
+from dbmodule.backup.values import BaselineView, CopyResult, CopySettings, PlannedFile
 from dbmodule.errors import CancelledError, SourceError
 from dbmodule.ident import PAGE_SIZE
 from dbmodule.ports import Cancelled, DataDirectory, SourceFile
@@ -42,6 +44,21 @@ class Copier:
         self._baseline = baseline
         self._cancelled = cancelled
         self._local = threading.local()
+
+    def copy_batch(self, files: Sequence[PlannedFile]) -> list[CopyResult | None]:
+        """As `copy` of each of some files, in their order."""
+        small = [
+            path
+            for path, kind, size in files
+            if size <= SMALL_BYTES
+            and kind in (datafile.Kind.RELATION, datafile.Kind.CONTENT)
+            and self._baseline.entry(path) is None
+            and datafile.relation(path) is not None
+        ]
+        together = copy_together(
+            small, self._directory, self._frames, self._settings, self._buffer()
+        )
+        return [together.get(path) or self.copy(path, kind) for path, kind, _ in files]
 
     def copy(self, path: str, kind: datafile.Kind) -> CopyResult | None:
         """Read and store `path`; None when it is not there any more."""

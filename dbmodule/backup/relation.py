@@ -151,6 +151,7 @@ class RelationCopy:
     def _store(self, batch: Batch, changed: NDArray[np.bool_], zero: NDArray[np.bool_]) -> None:
         """Store changed pages: full units of the file as runs, scattered pages gathered."""
         rows = np.frombuffer(batch.view, np.uint8).reshape(-1, PAGE_SIZE)
+        runs: dict[int, list[tuple[NDArray[np.int64], memoryview]]] = {}
         for offset in range(0, len(changed), FRAME_PAGES):
             unit = slice(offset, min(offset + FRAME_PAGES, len(changed)))
             numbers, empty = batch.numbers[unit], changed[unit] & zero[unit]
@@ -158,9 +159,13 @@ class RelationCopy:
             full = len(numbers) == FRAME_PAGES and self._detector != "wal"
             if mask.any() and changed[unit].all() and (full or self._before is None):
                 data = batch.view[unit.start * PAGE_SIZE : unit.stop * PAGE_SIZE]
-                self._collector.add(numbers, self._frames.store_run(data))
+                runs.setdefault(len(numbers), []).append((numbers, data))
                 continue
             if empty.any():
                 self._collector.add(numbers[empty], zero_refs(int(empty.sum())))
             if mask.any():
                 self._collector.gather(numbers[mask], rows[unit][mask])
+        for same_length in runs.values():
+            found = self._frames.store_runs([data for _, data in same_length])
+            for (numbers, _), refs in zip(same_length, found, strict=True):
+                self._collector.add(numbers, refs)

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dbmodule.backup.batch import Suspect
+from dbmodule.datafile import Kind
 from dbmodule.delta import Extents
 from dbmodule.ident import PAGE_SIZE, Lsn
 from dbmodule.registry import HASH, MARK, EntryFlag, EntryKind, FileIdentity, Hashes, Marks
@@ -17,6 +18,8 @@ from dbmodule.walsummary import ChangedBlocks
 
 Pages = NDArray[np.uint8]
 """Shape (pages, 8192)."""
+PlannedFile = tuple[str, Kind, int]
+"""Path, kind and listed size."""
 
 
 class BaselineView(Protocol):

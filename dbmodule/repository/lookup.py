@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from dbmodule.errors import ObjectMissingError
 from dbmodule.ports import ObjectStore
 from dbmodule.repository.index import (
+    BLOCK_ENTRIES,
     ENTRY,
     WHOLE,
     Entries,
@@ -43,12 +44,13 @@ _HASH = np.dtype([("high", ">u8"), ("low", ">u8")])
 _READ_AHEAD = 64
 """Blocks that are read at once where all of the index fits into the cache."""
 _READERS = 16
-_SLOW_SECONDS = 0.0005
-"""A read that takes longer waited for a disk or a network: others can wait beside it."""
+_SLOW_SECONDS = 0.002
+"""Reads that take longer each wait for a disk or a network: others can wait beside them."""
 _PACK_ROWS = 1024
 
 K = TypeVar("K")
 R = TypeVar("R")
+T = TypeVar("T")
 V = TypeVar("V", bound=NDArray[Any])
 
 
@@ -129,9 +131,9 @@ class ContentIndex:
 
     def find_many(self, hashes: Sequence[bytes], *, whole: bool) -> list[Hit | None]:
         """Where frames (`whole`) or pages with these 16-byte hashes are said to be."""
-        if not hashes:
-            return []
         opened = self._opened
+        if not hashes or not opened.lanes:
+            return [None] * len(hashes)
         found, lost = self._find(opened, hashes, whole)
         if lost:
             with self._lock:
@@ -162,16 +164,21 @@ class ContentIndex:
             entries = np.concatenate([entries for _, entries in pieces])
             ends = np.cumsum([len(entries) for _, entries in pieces])
             rows = _rows_of(entries, high[left], low[left], whole)
-            for at in np.flatnonzero(rows >= 0).tolist():
-                row = int(rows[at])
-                segment = pieces[int(np.searchsorted(ends, row, "right"))][0]
+            at = np.flatnonzero(rows >= 0)
+            hit = entries[rows[at]]
+            for position, piece, row, place in zip(
+                order[left[at]].tolist(),
+                np.searchsorted(ends, rows[at], "right").tolist(),
+                hit["pack"].tolist(),
+                hit["place"].tolist(),
+                strict=True,
+            ):
                 try:
-                    pack = self._pack(segment, int(entries["pack"][row]))
+                    pack = self._pack(pieces[piece][0], row)
                 except ObjectMissingError:
                     lost, pack = True, None
                 if pack is not None:
-                    place = int(entries["place"][row])
-                    hits[int(order[left[at]])] = Hit(pack, place >> 8, place & 0xFF)
+                    hits[position] = Hit(pack, place >> 8, place & 0xFF)
             left = left[[hits[position] is None for position in order[left].tolist()]]
             if not len(left):
                 break
@@ -180,21 +187,20 @@ class ContentIndex:
     def _pieces(
         self, lane: _Lane, blocks: NDArray[np.int64], ahead: int
     ) -> tuple[list[tuple[Segment, Entries]], bool]:
-        """The pieces of `ahead` blocks that `blocks` lie in, in order, and whether one is lost."""
+        """The entries of `blocks`, in order, and whether some are lost; `ahead` are read at once."""
         if not len(blocks):
             return [], False
         segments = np.searchsorted(lane.starts, blocks, "right") - 1
-        units = (blocks - lane.starts[segments]) // ahead
-        new = np.concatenate(([True], (np.diff(segments) != 0) | (np.diff(units) != 0)))
+        numbers = (blocks - lane.starts[segments]).tolist()
         wanted = [
-            (lane.segments[segment], unit)
-            for segment, unit in zip(segments[new].tolist(), units[new].tolist(), strict=True)
+            (lane.segments[segment], number // ahead)
+            for segment, number in zip(segments.tolist(), numbers, strict=True)
         ]
-        found = [self._blocks.get((segment.name, unit)) for segment, unit in wanted]
-        missing = [at for at, entries in enumerate(found) if entries is None]
+        held = {key: self._blocks.get((key[0].name, key[1])) for key in wanted}
+        missing = [key for key, entries in held.items() if entries is None]
 
-        def read(at: int) -> Entries | None:
-            segment, unit = wanted[at]
+        def read(key: tuple[Segment, int]) -> Entries | None:
+            segment, unit = key
             try:
                 entries: Entries = segment.blocks(unit * ahead, ahead)
                 return entries
@@ -202,17 +208,19 @@ class ContentIndex:
                 return None
 
         lost = False
-        for at, entries in zip(missing, _together(read, missing), strict=True):
+        for key, entries in zip(missing, _together(read, missing), strict=True):
+            held[key] = entries
             if entries is None:
                 lost = True
             else:
-                found[at] = entries
-                self._blocks.put((wanted[at][0].name, wanted[at][1]), entries)
-        return [
-            (segment, entries)
-            for (segment, _), entries in zip(wanted, found, strict=True)
-            if entries is not None
-        ], lost
+                self._blocks.put((key[0].name, key[1]), entries)
+        pieces: list[tuple[Segment, Entries]] = []
+        for key, number in zip(wanted, numbers, strict=True):
+            entries = held[key]
+            if entries is not None:
+                at = number % ahead * BLOCK_ENTRIES
+                pieces.append((key[0], entries[at : at + BLOCK_ENTRIES]))
+        return pieces, lost
 
     def _pack(self, segment: Segment, row: int) -> PackRef | None:
         """A row of a segment's pack table; None where it has no such row."""
@@ -246,13 +254,14 @@ def _rows_of(
         rows[looking] += 1
 
 
-def _together(read: Callable[[int], R], items: Sequence[int]) -> list[R]:
+def _together(read: Callable[[T], R], items: Sequence[T]) -> list[R]:
     """`read` of each item; side by side as soon as one of them has kept us waiting."""
     results: list[R] = []
-    for number, item in enumerate(items):
-        began = time.perf_counter()
+    began = time.perf_counter()
+    for number, item in enumerate(items, 1):
         results.append(read(item))
-        if time.perf_counter() - began > _SLOW_SECONDS and number + 2 < len(items):
+        slow = time.perf_counter() - began > number * _SLOW_SECONDS
+        if slow and number + 1 < len(items):
             with ThreadPoolExecutor(_READERS, thread_name_prefix="index") as pool:
-                return results + list(pool.map(read, items[number + 1 :]))
+                return results + list(pool.map(read, items[number:]))
     return results

@@ -14,7 +14,8 @@ import threading
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass, fields
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -148,8 +149,11 @@ def _decode_files(data: bytes, count: int) -> list[FileEntry]:
     ]
 
 
+_columns_of = attrgetter(*(field.name for field in fields(RelationRow)))
+
+
 def _encode_relations(rows: Sequence[RelationRow]) -> bytes:
-    return json.dumps([astuple(row) for row in rows], separators=(",", ":")).encode()
+    return json.dumps([_columns_of(row) for row in rows], separators=(",", ":")).encode()
 
 
 def _decode_relations(data: bytes) -> list[RelationRow]:

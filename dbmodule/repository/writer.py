@@ -57,6 +57,13 @@ class WriteCounts:
     """Of all objects that are durable."""
 
 
+def _refs_of(frame: Ref, count: int) -> Refs:
+    """References to the first `count` slots of a frame."""
+    refs = np.empty(count, REF)
+    refs["pack"], refs["frame"], refs["slot"] = frame[0], frame[1], np.arange(count)
+    return refs
+
+
 class FrameWriter:
     """The storage engine's intake for one backup. `store_*` may be called from many threads."""
 
@@ -93,24 +100,41 @@ class FrameWriter:
 
     # -- intake ---------------------------------------------------------------------------------
 
-    def store_frame(self, raw: Buffer, pages: int = 0) -> tuple[int, int]:
-        """Store up to 256 kB as one frame, unless it is there; gives (pack, frame).
+    def store_frame(self, raw: Buffer) -> tuple[int, int]:
+        """Store up to 256 kB as one frame, unless it is there; gives (pack, frame)."""
+        pack, frame, _ = self._store_frames([raw], 0)[0]
+        return pack, frame
 
-        `pages` is how many pages of the data directory that is, for the counts.
-        """
-        digest = keyed(self._key, raw)
-        known = self._find([digest[:HASH_BYTES]], whole=True)[0]
-        if known is None:
-            known = self._append(raw, digest, b"", pages)
-        return known[0], known[1]
+    def _store_frames(self, raws: Sequence[Buffer], pages: int) -> list[Ref]:
+        """Frames of `pages` pages each, for the counts, of which each is found only as a whole."""
+        digests = [keyed(self._key, raw) for raw in raws]
+        known = self._find([digest[:HASH_BYTES] for digest in digests], whole=True)
+        new: dict[bytes, Ref] = {}
+        for number, (raw, digest) in enumerate(zip(raws, digests, strict=True)):
+            if known[number] is None:
+                if digest not in new:
+                    new[digest] = self._append(raw, digest, b"", pages)
+                known[number] = new[digest]
+        return [ref for ref in known if ref is not None]
 
     def store_run(self, pages: Buffer) -> Refs:
         """Store up to 32 pages that belong together, found again only as a whole."""
-        count = -(-len(pages) // PAGE_SIZE)
-        pack, frame = self.store_frame(pages, count)
-        refs = np.empty(count, REF)
-        refs["pack"], refs["frame"], refs["slot"] = pack, frame, np.arange(count)
-        return refs
+        return self.store_runs([pages])[0]
+
+    def store_runs(self, runs: Sequence[Buffer]) -> list[Refs]:
+        """As `store_run` of each of some runs of one length."""
+        count = -(-len(runs[0]) // PAGE_SIZE) if runs else 0
+        return [_refs_of(ref, count) for ref in self._store_frames(runs, count)]
+
+    def store_shared(self, runs: Sequence[Buffer]) -> list[Refs]:
+        """Store runs of up to 32 pages that may be found again one by one, too."""
+        whole = [keyed(self._key, run, HASH_BYTES) for run in runs]
+        return [
+            self.store_pages(run, self.hashes(run))
+            if ref is None
+            else _refs_of(ref, len(run) // PAGE_SIZE)
+            for run, ref in zip(runs, self._find(whole, whole=True), strict=True)
+        ]
 
     def digest(self, raw: Buffer) -> bytes:
         """The hash, 32 bytes, that a frame of these bytes has."""

@@ -2,7 +2,7 @@
 
     python -m tests.bench.index --entries 1e8 [--directory DIR] [--keep]
 
-Segments over the footers of some packs are written as a backup does, and after every 24 of them
+Segments over the footers of some packs are written as a backup does, and after every few of them
 the index is merged as at the end of a backup. Of the packs only names and footers are real: those
 of 32 MB packs whose frames hold 32 hashed pages each, the hashes random. Look-ups are made as a
 backup makes them, 256 hashes at a time, at random: *hits* of pages that are there, each with its
@@ -35,7 +35,6 @@ FRAMES = 320
 PAGES = 32
 PER_PACK = FRAMES * (1 + PAGES)
 PACKS_PER_SEGMENT = 25
-SEGMENTS_PER_BACKUP = 24
 BATCH = 256
 
 
@@ -56,7 +55,7 @@ def peak_mb() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
 
 
-def build(store: LocalStore, packs: int) -> dict[str, float]:
+def build(store: LocalStore, packs: int, segments_per_backup: int) -> dict[str, float]:
     """Write and merge; seconds of each."""
     spent = {"write": 0.0, "merge": 0.0}
     written = 0
@@ -66,7 +65,7 @@ def build(store: LocalStore, packs: int) -> dict[str, float]:
         for name, chunks in index.encode(footers, KEY):
             written += store.put_new(name, chunks)
         spent["write"] += time.monotonic() - began
-        if number % SEGMENTS_PER_BACKUP == 0 or first + PACKS_PER_SEGMENT >= packs:
+        if number % segments_per_backup == 0 or first + PACKS_PER_SEGMENT >= packs:
             began = time.monotonic()
             merge.tidy(store, KEY, never_cancelled)
             spent["merge"] += time.monotonic() - began
@@ -109,6 +108,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--entries", type=float, default=1e7)
     parser.add_argument("--directory", type=Path, help="build, or use what is there, and keep it")
+    parser.add_argument("--segments", type=int, default=24, help="of a backup; then comes a merge")
     parser.add_argument("--seconds", type=float, default=20.0, help="per kind of look-up")
     options = parser.parse_args()
     packs = max(1, round(options.entries / PER_PACK))
@@ -123,7 +123,7 @@ def main() -> None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.touch()
             began = time.monotonic()
-            spent = build(store, packs)
+            spent = build(store, packs, options.segments)
             report |= {f"{name}_seconds": round(s) for name, s in spent.items()}
             report |= {"build_seconds": round(time.monotonic() - began), "build_peak_mb": peak_mb()}
         began = time.monotonic()
