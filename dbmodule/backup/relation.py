@@ -166,6 +166,26 @@ class RelationCopy:
             if mask.any():
                 self._collector.gather(numbers[mask], rows[unit][mask])
         for same_length in runs.values():
-            found = self._frames.store_runs([data for _, data in same_length])
-            for (numbers, _), refs in zip(same_length, found, strict=True):
-                self._collector.add(numbers, refs)
+            found = self._frames.find_runs([data for _, data in same_length])
+            for (numbers, data), (digest, refs) in zip(same_length, found, strict=True):
+                if refs is not None:
+                    self._collector.add(numbers, refs)
+                elif not self._refer(numbers, data):
+                    self._collector.add(numbers, self._frames.add_run(data, digest))
+
+    def _refer(self, numbers: NDArray[np.int64], data: memoryview) -> bool:
+        """Store of a run only what an earlier backup does not have at the same place, if it has
+        the most of it."""
+        unit = int(numbers[0]) // FRAME_PAGES
+        found = self._baseline.same_pages(self._result.path, unit, data)
+        if found is None:
+            return False
+        refs = found.refs.copy()
+        for pack in np.unique(refs["pack"]).tolist():
+            refs["pack"][found.refs["pack"] == pack] = self._frames.refer(found.packs[pack])
+        self._collector.add(numbers[found.same], refs)
+        new = ~found.same
+        if new.any():
+            rows = np.frombuffer(data, np.uint8).reshape(-1, PAGE_SIZE)
+            self._collector.gather(numbers[new], rows[new])
+        return True

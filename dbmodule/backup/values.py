@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dbmodule.backup.batch import Suspect
+from dbmodule.backup.earlier import EarlierPages, SamePages
 from dbmodule.datafile import Kind
 from dbmodule.delta import Extents
 from dbmodule.ident import PAGE_SIZE, Lsn
@@ -51,6 +52,10 @@ class BaselineView(Protocol):
         """The same pages themselves, read from the repository; fewer at the file's end."""
         ...
 
+    def same_pages(self, path: str, unit: int, data: memoryview) -> SamePages | None:
+        """Pages of a unit that a full need not store, since an earlier backup has them."""
+        ...
+
 
 class NoBaseline:
     """The view of a full backup, which builds on nothing: no file has an entry."""
@@ -61,6 +66,9 @@ class NoBaseline:
     foreign = False
     unsound = False
     changed: ChangedBlocks | None = None
+
+    def __init__(self, earlier: EarlierPages | None = None) -> None:
+        self._earlier = earlier
 
     def entry(self, path: str) -> FileEntry | None:
         return None
@@ -76,6 +84,9 @@ class NoBaseline:
 
     def unit_pages(self, path: str, unit: int) -> Pages:
         return np.empty((0, PAGE_SIZE), np.uint8)
+
+    def same_pages(self, path: str, unit: int, data: memoryview) -> SamePages | None:
+        return None if self._earlier is None else self._earlier.same_pages(path, unit, data)
 
 
 @dataclass(frozen=True, slots=True)

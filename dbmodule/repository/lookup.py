@@ -187,7 +187,7 @@ class ContentIndex:
     def _pieces(
         self, lane: _Lane, blocks: NDArray[np.int64], ahead: int
     ) -> tuple[list[tuple[Segment, Entries]], bool]:
-        """The entries of `blocks`, in order, and whether some are lost; `ahead` are read at once."""
+        """The entries of `blocks`, in order, and whether some are lost; reads `ahead` at once."""
         if not len(blocks):
             return [], False
         segments = np.searchsorted(lane.starts, blocks, "right") - 1

@@ -100,31 +100,38 @@ class FrameWriter:
 
     # -- intake ---------------------------------------------------------------------------------
 
-    def store_frame(self, raw: Buffer) -> tuple[int, int]:
-        """Store up to 256 kB as one frame, unless it is there; gives (pack, frame)."""
-        pack, frame, _ = self._store_frames([raw], 0)[0]
-        return pack, frame
+    def store_frame(self, raw: Buffer, pages: int = 0) -> tuple[int, int]:
+        """Store up to 256 kB as one frame, unless it is there; gives (pack, frame).
 
-    def _store_frames(self, raws: Sequence[Buffer], pages: int) -> list[Ref]:
-        """Frames of `pages` pages each, for the counts, of which each is found only as a whole."""
-        digests = [keyed(self._key, raw) for raw in raws]
-        known = self._find([digest[:HASH_BYTES] for digest in digests], whole=True)
-        new: dict[bytes, Ref] = {}
-        for number, (raw, digest) in enumerate(zip(raws, digests, strict=True)):
-            if known[number] is None:
-                if digest not in new:
-                    new[digest] = self._append(raw, digest, b"", pages)
-                known[number] = new[digest]
-        return [ref for ref in known if ref is not None]
+        `pages` is how many pages of the data directory that is, for the counts.
+        """
+        digest = keyed(self._key, raw)
+        known = self._find([digest[:HASH_BYTES]], whole=True)[0]
+        if known is None:
+            known = self._append(raw, digest, b"", pages)
+        return known[0], known[1]
 
     def store_run(self, pages: Buffer) -> Refs:
         """Store up to 32 pages that belong together, found again only as a whole."""
-        return self.store_runs([pages])[0]
+        count = -(-len(pages) // PAGE_SIZE)
+        pack, frame = self.store_frame(pages, count)
+        return _refs_of((pack, frame, 0), count)
 
-    def store_runs(self, runs: Sequence[Buffer]) -> list[Refs]:
-        """As `store_run` of each of some runs of one length."""
-        count = -(-len(runs[0]) // PAGE_SIZE) if runs else 0
-        return [_refs_of(ref, count) for ref in self._store_frames(runs, count)]
+    def find_runs(self, runs: Sequence[Buffer]) -> list[tuple[bytes, Refs | None]]:
+        """The hash of each of some runs of pages, and its references if it is there already."""
+        digests = [keyed(self._key, run) for run in runs]
+        known = self._find([digest[:HASH_BYTES] for digest in digests], whole=True)
+        return [
+            (digest, None if ref is None else _refs_of(ref, len(run) // PAGE_SIZE))
+            for run, digest, ref in zip(runs, digests, known, strict=True)
+        ]
+
+    def add_run(self, run: Buffer, digest: bytes) -> Refs:
+        """Store a run of pages that `find_runs` did not find, and whose hash it gave."""
+        count = len(run) // PAGE_SIZE
+        with self._lock:
+            known = self._recent.get(digest[:HASH_BYTES] + _KIND[True])
+        return _refs_of(known or self._append(run, digest, b"", count), count)
 
     def store_shared(self, runs: Sequence[Buffer]) -> list[Refs]:
         """Store runs of up to 32 pages that may be found again one by one, too."""
