@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any, Protocol
 
 import numpy as np
@@ -101,6 +102,17 @@ class CopySettings:
     blocks_per_segment: int
 
 
+# Adding flags up takes an enum longer than all else that an unchanged file costs here.
+_FLAGS = {
+    (identity, overlay, unchanged): EntryFlag(
+        EntryFlag.IDENTITY * identity
+        | EntryFlag.OVERLAY * overlay
+        | EntryFlag.UNCHANGED * unchanged
+    )
+    for identity, overlay, unchanged in product((False, True), repeat=3)
+}
+
+
 @dataclass(slots=True)
 class CopyResult:
     """One file as it goes into the tables of the backup."""
@@ -127,12 +139,6 @@ class CopyResult:
     suspects: list[Suspect] = field(default_factory=list)
 
     def flags(self) -> EntryFlag:
-        flags = EntryFlag.NONE
         # A file with a page that failed its checksum is looked at again every time.
-        if self.identity_valid and not self.suspects:
-            flags |= EntryFlag.IDENTITY
-        if self.overlay:
-            flags |= EntryFlag.OVERLAY
-        if self.unchanged:
-            flags |= EntryFlag.UNCHANGED
-        return flags
+        identity = self.identity_valid and not self.suspects
+        return _FLAGS[identity, self.overlay, self.unchanged]

@@ -44,6 +44,7 @@ class FrameReader:
         self._footers: OrderedDict[str, Footer] = OrderedDict()
         self._footer_bytes = 0
         self._lock = threading.Lock()
+        self._local = threading.local()
 
     def footer(self, ref: PackRef) -> Footer:
         """The authenticated table of contents; `CorruptObjectError`, `ObjectMissingError`."""
@@ -86,6 +87,14 @@ class FrameReader:
 
         Reads join frames that are at most `gap_bytes` apart, up to about `read_bytes`.
         """
+        if len(numbers) == 1:
+            # Files that share a frame come one after the other.
+            held: tuple[str, int, bytes] | None = getattr(self._local, "frame", None)
+            if held is None or held[:2] != (ref.pack, numbers[0]):
+                held = ref.pack, numbers[0], self.frame(ref, numbers[0])
+                self._local.frame = held
+            yield numbers[0], held[2]
+            return
         footer = self.footer(ref)
         name = name_of(ref.pack)
         if numbers and numbers[-1] >= len(footer.entries):

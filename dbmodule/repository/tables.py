@@ -123,6 +123,10 @@ def _encode_files(entries: Sequence[FileEntry]) -> bytes:
     return _columns(rows) + lengths.tobytes() + b"".join(texts)
 
 
+_KINDS = list(EntryKind)
+_FLAGS = [EntryFlag(number) for number in range(2 * max(EntryFlag))]
+
+
 def _decode_files(data: bytes, count: int) -> list[FileEntry]:
     rows = _rows(data, FILE, count).tolist()
     start = count * FILE.itemsize
@@ -137,8 +141,8 @@ def _decode_files(data: bytes, count: int) -> list[FileEntry]:
     return [
         FileEntry(
             path,
-            EntryKind(row[0]),
-            EntryFlag(row[1]),
+            _KINDS[row[0]],
+            _FLAGS[row[1]],
             row[2],
             row[3],
             FileIdentity(row[3], row[4], row[5], row[6], row[7]),
