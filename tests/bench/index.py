@@ -20,8 +20,10 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dbmodule.ports import never_cancelled
 from dbmodule.repository import index, merge
@@ -74,6 +76,58 @@ def build(store: LocalStore, packs: int, segments_per_backup: int) -> dict[str, 
     return spent
 
 
+PART = 1 << 20
+"""Entries of a run that are made at a time."""
+
+
+def part_of(number: int, entries: int, packs: int) -> NDArray[Any]:
+    """Entries of part `number` of a sorted run of so many, always the same."""
+    parts = -(-entries // PART)
+    chance = np.random.default_rng([number, 11])
+    made = np.empty(min(PART, entries - number * PART), index.ENTRY)
+    first, past = number * 2**64 // parts, (number + 1) * 2**64 // parts
+    made["high"] = np.sort(chance.integers(first, past, len(made), np.uint64))
+    made["low"] = chance.integers(0, 2**64, len(made), np.uint64)
+    made["pack"] = chance.integers(0, packs, len(made))
+    made["place"] = chance.integers(0, FRAMES, len(made)) << 8
+    made["place"] |= chance.integers(0, PAGES, len(made)).astype(np.uint32)
+    return made
+
+
+def write_run(store: LocalStore, entries: int, packs: int) -> None:
+    """One sorted run, cut into segments and written as a merge does it at its end."""
+    table = np.empty(packs, index.PACK)
+    table["id"] = np.frombuffer(np.random.default_rng(5).bytes(32 * packs), "V32")
+    table["size"], table["footer"] = 33_000_000, 178_000
+    parts = (part_of(number, entries, packs) for number in range(-(-entries // PART)))
+    for number, (part, first, last) in enumerate(index.cut(parts), 1):
+        name, chunks = index.seal(table, part, first, last, [], KEY)
+        store.put_new(name, chunks)
+        if number % 50 == 0:
+            sys.stderr.write(f"{number} segments, peak {peak_mb()} MB\n")
+
+
+def look_up_in_run(found: ContentIndex, entries: int, packs: int, seconds: float) -> float:
+    """Look-ups per second of pages that are in a run made by `write_run`."""
+    chance = np.random.default_rng([7, 8])
+    spent, count = 0.0, 0
+    while spent < seconds:
+        chosen = []
+        for number in chance.integers(-(-entries // PART), size=4).tolist():
+            part = part_of(number, entries, packs)
+            chosen.append(part[chance.integers(len(part), size=BATCH // 4)])
+        wanted = np.concatenate(chosen).astype(index.ENTRY)
+        hashes = [row.tobytes()[:16] for row in wanted]
+        began = time.perf_counter()
+        answers = found.find_many(hashes, whole=False)
+        spent += time.perf_counter() - began
+        count += len(hashes)
+        for row, answer in zip(wanted, answers, strict=True):
+            if answer is None or answer.frame << 8 | answer.slot != row["place"]:
+                raise SystemExit("the index gave a wrong answer")
+    return count / spent
+
+
 def look_up(found: ContentIndex, packs: int, *, hits: bool, seconds: float) -> float:
     """Look-ups per second, checked; whatever is done to make hashes is not counted."""
     chance = np.random.default_rng([7, 7])  # none of `footer_of`
@@ -110,13 +164,20 @@ def main() -> None:
     parser.add_argument("--directory", type=Path, help="build, or use what is there, and keep it")
     parser.add_argument("--segments", type=int, default=24, help="of a backup; then comes a merge")
     parser.add_argument("--seconds", type=float, default=20.0, help="per kind of look-up")
+    parser.add_argument(
+        "--run", action="store_true", help="write one sorted run, without any merging"
+    )
     options = parser.parse_args()
     packs = max(1, round(options.entries / PER_PACK))
     base = options.directory or Path(tempfile.mkdtemp(prefix="dbmodule-bench-"))
     store = LocalStore(base)
     try:
         report: dict[str, object] = {"entries": packs * PER_PACK, "packs": packs}
-        if not list(store.list(index.PREFIX)):
+        if options.run and not list(store.list(index.PREFIX)):
+            began = time.monotonic()
+            write_run(store, packs * PER_PACK, packs)
+            report |= {"build_seconds": round(time.monotonic() - began), "build_peak_mb": peak_mb()}
+        elif not list(store.list(index.PREFIX)):
             # The merge asks which packs are there.
             for number in range(packs):
                 path = base / name_of(footer_of(number).pack)
@@ -137,7 +198,10 @@ def main() -> None:
         }
         del opened
         for hits, name in ((True, "hits"), (False, "misses")):
-            rate = look_up(found, packs, hits=hits, seconds=options.seconds)
+            if hits and options.run:
+                rate = look_up_in_run(found, packs * PER_PACK, packs, options.seconds)
+            else:
+                rate = look_up(found, packs, hits=hits, seconds=options.seconds)
             report[f"{name}_per_second"] = round(rate)
         report["peak_mb"] = peak_mb()
         sys.stdout.write(json.dumps(report, indent=2) + "\n")
