@@ -245,7 +245,8 @@ class FrameWriter:
             compressor = self._local.compressor = zstandard.ZstdCompressor(level=self._level)
         packed = compressor.compress(raw)
         if len(packed) < len(raw):
-            return packed, ENCODING_ZSTD
+            # A copy: the compressor's own bytes keep all the memory that the worst case takes.
+            return bytes(memoryview(packed)), ENCODING_ZSTD
         return bytes(raw), ENCODING_RAW
 
     def _append(self, raw: Buffer, digest: bytes, hashes: bytes, pages: int) -> Ref:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import tracemalloc
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -374,3 +375,19 @@ def test_footers_in_memory_are_bounded(store: MemoryStore, monkeypatch: pytest.M
         assert reader.footer(pack).pack == pack.pack
         assert 1 <= len(reader._footers) <= 3
         assert reader._footer_bytes == sum(f.length for f in reader._footers.values())
+
+
+def test_what_waits_for_its_pack_takes_no_more_memory_than_its_bytes(store: MemoryStore) -> None:
+    frames = writer(store)
+    page = bytes(range(256)) * 32
+    tracemalloc.start()
+    try:
+        for number in range(200):
+            frames.store_run(number.to_bytes(2, "big") * 16 + page[32:] + page * 31)
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert frames.counts.bytes_compressed < 1 << 20
+    assert held < 4 << 20  # and not 200 times 256 kB
+    frames.flush()
+    frames.close()
