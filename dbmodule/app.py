@@ -7,11 +7,12 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack, closing
+from datetime import UTC, datetime
 from pathlib import Path
 
-from dbmodule import doctor, listing, setup, verify
+from dbmodule import doctor, listing, pruning, setup, verify
 from dbmodule.agent import Agent, AgentTiming
 from dbmodule.backup.run import take_backup
 from dbmodule.backup.steps import Environment, read_control_file
@@ -20,8 +21,9 @@ from dbmodule.catalog import SqlCatalog, SqlJobQueue
 from dbmodule.config import Config
 from dbmodule.corruption import last_good
 from dbmodule.datafile import CONTROL_FILE, tablespace_version_directory
-from dbmodule.errors import ServerError, UsageError
-from dbmodule.ident import BackupId
+from dbmodule.errors import DbmoduleError, RefusedError, ServerError, UsageError
+from dbmodule.expire import expire
+from dbmodule.ident import BackupId, parse_backup_id
 from dbmodule.manifest import Manifest
 from dbmodule.notify import open_listener
 from dbmodule.pgdata.source import LocalDataDirectory, host_boot_id, host_name
@@ -31,19 +33,26 @@ from dbmodule.postgres import extension
 from dbmodule.postgres.dsn import check_dsn
 from dbmodule.postgres.names import PsycopgNames
 from dbmodule.postgres.server import PsycopgServer
+from dbmodule.processes import LocalProcesses
 from dbmodule.reports import (
     BackupDetails,
     BackupOptions,
     BackupReport,
     CheckReport,
     DryRunReport,
+    HoldReport,
     InitReport,
+    ReleaseReport,
     RestoreOptions,
     RestoreReport,
+    RetentionReport,
+    VerifyLevel,
     VerifyReport,
 )
+from dbmodule.repository.holds import place_hold, read_holds, release_holds
 from dbmodule.repository.repository import Repository
 from dbmodule.restore.run import RestoreRequest, restore
+from dbmodule.retention import Hold
 from dbmodule.storage import DryStore, open_store
 
 log = logging.getLogger(__name__)
@@ -138,11 +147,17 @@ class App:
             host=host_name(),
             threads=self._config.backup.threads,
             compression_level=self._config.repository.compression_level,
+            locks=repository.locks(LocalProcesses()),
         )
 
     def backups(self) -> list[BackupReport]:
         """All backups of the cluster, oldest first."""
-        return [listing.to_report(manifest) for manifest in self._manifests().values()]
+        repository = self._repository()
+        holds = self._holds(repository)
+        return [
+            listing.to_report(manifest, holds.get(backup))
+            for backup, manifest in self._manifests(repository).items()
+        ]
 
     def show(self, backup: str) -> BackupDetails:
         """One backup, by id or ``latest``."""
@@ -152,7 +167,8 @@ class App:
         manifest, digest = repository.manifest(self._config.repository.cluster, chosen)
         good = last_good(repository, manifests, manifest)
         relations = repository.tables(manifest).relations()
-        return listing.to_details(manifests, manifest, digest, relations, good)
+        hold = self._holds(repository).get(chosen)
+        return listing.to_details(manifests, manifest, digest, relations, good, hold)
 
     # -- restore and verification ---------------------------------------------------------------
 
@@ -188,10 +204,11 @@ class App:
         self,
         backup: str | None,
         *,
+        level: VerifyLevel = VerifyLevel.NORMAL,
         progress: Progress = no_progress,
         cancelled: Cancelled = never_cancelled,
     ) -> VerifyReport:
-        """Re-read what is stored for one backup, or the whole repository for None."""
+        """Look at what is stored for one backup, or at the whole repository for None."""
         repository = self._repository()
         cluster = self._config.repository.cluster
         wanted: list[BackupId] | None = None
@@ -201,6 +218,7 @@ class App:
             repository,
             cluster,
             wanted,
+            level=level,
             threads=self._config.backup.threads,
             progress=progress,
             cancelled=cancelled,
@@ -222,11 +240,104 @@ class App:
             self._catalog_if_reachable(),
             settings.cluster,
             listing.resolve(manifests, backup, unreadable),
+            locks=repository.locks(LocalProcesses()),
             compression_level=settings.compression_level,
             progress=progress,
             cancelled=cancelled,
         )
         return listing.to_report(manifest)
+
+    # -- retention ------------------------------------------------------------------------------
+
+    def expire(
+        self,
+        *,
+        dry_run: bool = False,
+        progress: Progress = no_progress,
+        cancelled: Cancelled = never_cancelled,
+    ) -> RetentionReport:
+        """Remove the backups that the policy does not keep; raises a `DbmoduleError`.
+
+        A dry run only says which. Without a policy only what no backup needs is removed, and the
+        report says how to configure one.
+        """
+        repository = self._repository()
+        cluster, policy = self._config.repository.cluster, self._config.retention.policy()
+        now = datetime.now(UTC)
+        outlook = pruning.look_ahead(repository, cluster, policy, now)
+        if dry_run and outlook.unreadable:
+            return pruning.to_report(outlook, policy, None, dry_run=dry_run)
+        pruning.refuse_unreadable(outlook, cluster)
+        removal = expire(
+            repository,
+            cluster,
+            outlook.removed(),
+            locks=repository.locks(LocalProcesses()),
+            dry_run=dry_run,
+            progress=progress,
+            cancelled=cancelled,
+        )
+        if not dry_run:
+            self._forget([BackupId(backup) for backup in removal.removed])
+        return pruning.to_report(outlook, policy, removal, dry_run=dry_run)
+
+    def hold(self, backup: str, *, keep_until: str | None = None) -> HoldReport:
+        """Keep a backup and its chain whatever the policy says, until a moment or for ever.
+
+        Takes the place of an earlier hold. A moment without offset is one of the policy's zone.
+        """
+        repository = self._repository()
+        cluster, now = self._config.repository.cluster, datetime.now(UTC)
+        chosen = listing.resolve_loosely(repository.backup_ids(cluster), backup)
+        until = None
+        if keep_until is not None:
+            zone = self._config.retention.policy().zone
+            until = pruning.parse_moment(keep_until, zone, now)
+        place_hold(repository, cluster, Hold(chosen, until), now)
+        condemned = {b for s in repository.condemned.load() for b in s.backups}
+        if chosen not in repository.backup_ids(cluster) or (cluster, chosen) in condemned:
+            release_holds(repository, cluster, chosen)
+            raise RefusedError(
+                f"backup {chosen} is being removed", hint="`dbmodule list` shows what is left."
+            )
+        return HoldReport(chosen, pruning.FOREVER if until is None else until.isoformat())
+
+    def release(self, backup: str) -> ReleaseReport:
+        """Let go of a backup that was held; the next `expire` may remove it."""
+        repository = self._repository()
+        cluster = self._config.repository.cluster
+        # By its id alone: the backup itself may be gone, or damaged.
+        chosen = (
+            listing.resolve_loosely(repository.backup_ids(cluster), backup)
+            if backup == listing.LATEST
+            else parse_backup_id(backup)
+        )
+        released = release_holds(repository, cluster, chosen)
+        if not released:
+            raise UsageError(
+                f"backup {chosen} is not held", hint="`dbmodule list` shows which backups are."
+            )
+        return ReleaseReport(chosen, released)
+
+    def _forget(self, backups: Collection[BackupId]) -> None:
+        """Tell the SQL catalog what was removed, if it can be told."""
+        catalog = self._catalog_if_reachable() if backups else None
+        if catalog is None:
+            return
+        try:
+            left = set(backups) - catalog.forget(backups)
+        except DbmoduleError as error:
+            log.warning("the SQL catalog still lists backups that were removed: %s", error)
+        else:
+            if left:
+                log.warning(
+                    "the SQL catalog still lists %s, since it knows of backups that depend on them",
+                    ", ".join(sorted(left)),
+                )
+
+    def _holds(self, repository: Repository) -> dict[BackupId, str]:
+        holds = read_holds(repository, self._config.repository.cluster)
+        return pruning.holds_in_force(holds, datetime.now(UTC))
 
     # -- agent ----------------------------------------------------------------------------------
 
@@ -251,7 +362,7 @@ class App:
 
     def _find_backup(self, job_id: int) -> BackupReport | None:
         # Job ids start again when the extension is created anew: the newest backup counts.
-        found = [m for m in self._manifests().values() if m.job_id == job_id]
+        found = [m for m in self._manifests(self._repository()).values() if m.job_id == job_id]
         return listing.to_report(found[-1]) if found else None
 
     # -- parts ----------------------------------------------------------------------------------
@@ -269,9 +380,9 @@ class App:
             log.warning("the SQL catalog will not be told: %s", error)
             return None
 
-    def _manifests(self) -> Mapping[BackupId, Manifest]:
+    def _manifests(self, repository: Repository) -> Mapping[BackupId, Manifest]:
         """Those that can be read; of the others the log says so, and `verify` what is wrong."""
-        found, unreadable = self._repository().readable_manifests(self._config.repository.cluster)
+        found, unreadable = repository.readable_manifests(self._config.repository.cluster)
         for backup, error in unreadable.items():
             log.warning("backup %s is left out: %s", backup, error)
         return found

@@ -13,8 +13,10 @@ import json
 import os
 import tomllib
 from collections.abc import Mapping
+from datetime import UTC, tzinfo
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic_core import ErrorDetails
@@ -27,12 +29,14 @@ from pydantic_settings import (
 )
 
 from dbmodule.errors import UsageError
+from dbmodule.retention import Policy
 
 __all__ = [
     "AgentSection",
     "BackupSection",
     "Config",
     "RepositorySection",
+    "RetentionSection",
     "ServerSection",
     "config_path",
     "load_config",
@@ -108,6 +112,61 @@ class BackupSection(_Section):
     )
 
 
+_Count = Annotated[int, Field(ge=1, le=100_000)]
+
+
+class RetentionSection(_Section):
+    """Which backups `dbmodule expire` keeps; without a rule all of them. Rules add up."""
+
+    keep_last: _Count | None = Field(
+        default=None, examples=[14], description="Newest backups of any type."
+    )
+    keep_chains: _Count | None = Field(
+        default=None,
+        examples=[2],
+        description="Newest fulls, each with everything that is built on it.",
+    )
+    keep_days: _Count | None = Field(
+        default=None,
+        examples=[7],
+        description="Backups of the last days, and the newest one before them.",
+    )
+    keep_daily: _Count | None = Field(
+        default=None,
+        examples=[7],
+        description="The newest backup of each of the last days that have one.",
+    )
+    keep_weekly: _Count | None = Field(default=None, examples=[4], description="The same of weeks.")
+    keep_monthly: _Count | None = Field(
+        default=None, examples=[12], description="The same of months."
+    )
+    keep_yearly: _Count | None = Field(
+        default=None, examples=[10], description="The same of years."
+    )
+    timezone: str = Field(
+        default="UTC", description="Whose midnight ends a day, as Europe/Berlin names it."
+    )
+
+    @field_validator("timezone")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        _zone(value)
+        return value
+
+    def policy(self) -> Policy:
+        """The rules as the planner takes them."""
+        return Policy(zone=_zone(self.timezone), **self.model_dump(exclude={"timezone"}))
+
+
+def _zone(name: str) -> tzinfo:
+    if name == "UTC":
+        return UTC  # which needs no time zone database
+    try:
+        return ZoneInfo(name)
+    except (ZoneInfoNotFoundError, ValueError, OSError):
+        raise ValueError("is not a time zone that this host knows") from None
+
+
 class AgentSection(_Section):
     """The agent that carries out jobs asked for in SQL."""
 
@@ -126,6 +185,7 @@ class Config(_Section):
     server: ServerSection = ServerSection()
     repository: RepositorySection
     backup: BackupSection = Field(default_factory=BackupSection)
+    retention: RetentionSection = RetentionSection()
     agent: AgentSection = AgentSection()
 
 
@@ -140,6 +200,7 @@ class _Settings(BaseSettings):
     server: dict[str, Any] = {}
     repository: dict[str, Any] = {}
     backup: dict[str, Any] = {}
+    retention: dict[str, Any] = {}
     agent: dict[str, Any] = {}
 
 
@@ -188,10 +249,11 @@ def render_toml(config: Config) -> str:
         lines = [f"# {type(values).__doc__}", f"[{section}]"]
         for key, field in type(values).model_fields.items():
             value = getattr(values, key)
+            shown = field.examples[0] if value is None and field.examples else value
             lines.append(f"# {field.description}")
             lines.append(
                 f"{'' if key in values.model_fields_set and value is not None else '# '}"
-                f"{key} = {_toml_value(value)}"
+                f"{key} = {_toml_value(shown)}"
             )
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks) + "\n"

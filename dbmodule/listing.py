@@ -46,8 +46,8 @@ def resolve(
     return backup
 
 
-def to_report(manifest: Manifest) -> BackupReport:
-    """What a person or script wants to know of one backup."""
+def to_report(manifest: Manifest, hold: str | None = None) -> BackupReport:
+    """What a person or script wants to know of one backup; `hold` says until when it is held."""
     return BackupReport(
         backup_id=manifest.backup_id,
         type=manifest.type,
@@ -82,6 +82,7 @@ def to_report(manifest: Manifest) -> BackupReport:
         seconds=round((manifest.finished_at - manifest.started_at).total_seconds(), 3),
         phases=manifest.phases,
         corruption=[to_corrupt_page(page) for page in manifest.corruption],
+        hold=hold,
     )
 
 
@@ -116,13 +117,15 @@ def to_details(
     digest: str,
     relations: Iterable[RelationRow],
     last_good: Mapping[Corruption, BackupId],
+    hold: str | None,
 ) -> BackupDetails:
     """A backup with its chain, its dependents and its problems.
 
-    `last_good` tells where the last good copies of its corrupt pages are now.
+    `last_good` tells where the last good copies of its corrupt pages are now, `hold` until when it
+    is held.
     """
     return BackupDetails(
-        backup=to_report(manifest),
+        backup=to_report(manifest, hold),
         chain=[m.backup_id for m in chain_of(backups, manifest.backup_id)],
         dependents=[str(b) for b in dependents_of(backups, manifest.backup_id)],
         corruption=[

@@ -6,7 +6,7 @@ the errors named in its docstring and no others on purpose.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, NamedTuple, Protocol
@@ -45,6 +45,32 @@ class ObjectStore(Protocol):
 
     def delete(self, name: str) -> None:
         """Remove an object; no error when it is not there."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessIdentity:
+    """Tells one process from all others, on any host, as the owner of a lock."""
+
+    host: str
+    """For people."""
+    boot_id: str
+    namespace: str
+    """Within which `pid` means something."""
+    pid: int
+    started: int
+    """In a unit of the host's own, 0 where it is not known: numbers of processes are used again."""
+
+
+class Processes(Protocol):
+    """This process, and what can be known of others."""
+
+    def me(self) -> ProcessIdentity: ...
+
+    def runs(self, other: ProcessIdentity) -> bool | None:
+        """True: it is at work. False: it has ended. None: that cannot be known from here, or it
+        is there but stopped.
+        """
         ...
 
 
@@ -323,6 +349,13 @@ class Catalog(Protocol):
 
     def record(self, backup: BackupRecord) -> None:
         """Project a committed backup into the catalog; recording one twice changes nothing."""
+        ...
+
+    def forget(self, backups: Collection[BackupId]) -> set[BackupId]:
+        """Leave out backups that were removed, and give those that are not recorded (any more).
+
+        One that a backup depends on which is not among them stays.
+        """
         ...
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
 
 from dbmodule.ident import BackupId, BackupType
@@ -94,6 +95,8 @@ class BackupReport:
     phases: Mapping[str, float]
     corruption: list[CorruptPage] = field(default_factory=list)
     """The first of the corrupt pages, as much of them as is kept."""
+    hold: str | None = None
+    """Until when it is kept whatever the policy says: ISO 8601, ``forever``, or None."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,9 +163,43 @@ class RestoreReport:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpireReport:
+    """What an expiry has done, or would do."""
+
+    removed: list[str]
+    """Backups, dependents first."""
+    spared: list[str]
+    """Backups that were to go, and stay because others that stay depend on them."""
+    postponed: str
+    """Why nothing was removed this time; empty when nothing was in the way."""
+    packs_condemned: int
+    """No backup needs them any more; a later expiry removes them."""
+    bytes_condemned: int
+    packs_removed: int
+    bytes_removed: int
+    packs_rewritten: int
+    """Of these packs little was in use; it was copied, and a later expiry removes them."""
+    bytes_rewritten: int
+    """The packs' size."""
+    dry_run: bool
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class Damage:
     object: str
     problem: str
+
+
+class VerifyLevel(StrEnum):
+    """How closely `verify` looks; each level finds what those before it find."""
+
+    QUICK = "quick"
+    """Documents by their hashes, packs by being there with their size."""
+    NORMAL = "normal"
+    """Every stored byte by its hash."""
+    FULL = "full"
+    """Every page by its own checksum, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +211,49 @@ class VerifyReport:
     bytes_read: int
     damage: list[Damage]
     seconds: float
+    level: VerifyLevel = VerifyLevel.NORMAL
+    pages_checked: int = 0
+    pages_known_corrupt: int = 0
+    """Of these: pages that are as corrupt as the source's were, which is no damage."""
+
+
+@dataclass(frozen=True, slots=True)
+class RetentionDecision:
+    """What becomes of one backup, and why."""
+
+    backup_id: str
+    keep: bool
+    reasons: list[str]
+    finished_at: str | None
+    """None when its manifest cannot be read."""
+
+
+@dataclass(frozen=True, slots=True)
+class RetentionReport:
+    """`expire`: the plan, and as much of it as was carried out."""
+
+    dry_run: bool
+    policy: Mapping[str, int]
+    """Name of a rule → number; empty = nothing is ever removed."""
+    decisions: list[RetentionDecision]
+    removal: ExpireReport | None
+    """None when nothing could be tried: a manifest cannot be read."""
+    hint: str
+    """How to configure a policy where there is none; else empty."""
+
+
+@dataclass(frozen=True, slots=True)
+class HoldReport:
+    backup_id: str
+    hold: str
+    """Until when: ISO 8601, or ``forever``."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseReport:
+    backup_id: str
+    released: int
+    """How many holds there were; more than one only if two were placed at once."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,10 +1,14 @@
-"""Re-reading what is stored: every byte of every object against the hashes it was written under.
+"""Re-reading what is stored, against the hashes it was written under, as closely as is asked for.
 
-Documents and packs match their hashes and names, every frame can be decompressed to the bytes it
-was made from, and every page map of every backup, folded along its chain, refers to frames and
-slots that exist. The index, a mere hint, must list every pack that a backup needs all the same:
-so a segment that is gone is found. Damage is reported, never raised. What cannot be told from an
-expired backup is a manifest that is gone without a backup that depends on it.
+*quick* reads the documents and the tables of packs, and asks for the size of every pack that is
+referred to. *normal* reads every byte of every object: documents and packs match their hashes and
+names, every frame can be decompressed to the bytes it was made from, and every page map of every
+backup, folded along its chain, refers to frames and slots that exist. The index, a mere hint, must
+list every pack that a backup needs all the same: so a segment that is gone is found. *full* looks
+at the pages themselves as well: see `pagecheck`.
+
+Damage is reported, never raised. What cannot be told from an expired backup is a manifest that is
+gone without a backup that depends on it.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -27,14 +32,25 @@ from dbmodule.errors import (
 )
 from dbmodule.ident import PAGE_SIZE, BackupId
 from dbmodule.manifest import Manifest
+from dbmodule.pagecheck import PageFindings, check_pages
+from dbmodule.parallel import batches, in_order
 from dbmodule.ports import Cancelled, Progress
 from dbmodule.registry import EntryKind
-from dbmodule.reports import Damage, VerifyReport
-from dbmodule.repository import index, pack
+from dbmodule.reports import Damage, VerifyLevel, VerifyReport
+from dbmodule.repository import condemned, husk, index, pack
 from dbmodule.repository.chainview import ChainView
 from dbmodule.repository.document import unseal
+from dbmodule.repository.holds import PREFIX as HOLDS
+from dbmodule.repository.holds import read_hold
 from dbmodule.repository.index import PackRef
-from dbmodule.repository.repository import Repository, cluster_document, manifest_name
+from dbmodule.repository.repository import (
+    Repository,
+    RevokedError,
+    cluster_document,
+    manifest_name,
+)
+from dbmodule.repository.tables import FileEntry
+from dbmodule.repository.usage import Usage
 
 SOUND = "sound"
 DAMAGED = "damaged"
@@ -47,12 +63,16 @@ class _Findings:
     damage: list[Damage] = field(default_factory=list)
     objects: int = 0
     bytes_read: int = 0
+    pages: int = 0
+    known_corrupt: int = 0
 
     def check(self, name: str, action: Callable[[], int]) -> None:
-        """Count an object, and note what is wrong with it."""
+        """Count an object that was listed, and note what is wrong with it."""
         self.objects += 1
         try:
             self.bytes_read += action()
+        except ObjectMissingError:
+            self.objects -= 1  # an expiry has removed it since
         except _DAMAGE as error:
             self.damage.append(Damage(name, error.message))
 
@@ -62,24 +82,28 @@ def verify(
     cluster: str,
     wanted: Sequence[BackupId] | None,
     *,
+    level: VerifyLevel = VerifyLevel.NORMAL,
     threads: int,
     progress: Progress,
     cancelled: Cancelled,
 ) -> VerifyReport:
     """Check the chains of the `wanted` backups, or every object in the repository for None."""
+    quick = level is VerifyLevel.QUICK
     began = time.monotonic()
     findings = _Findings()
     manifests = _manifests(repository, cluster, findings)
     indexed: set[pack.PackId] | None = None
-    needed_packs: set[pack.PackId] = set()
+    usage = Usage(repository)
+    seen: set[BackupId] = set()
     if wanted is None:
         _check_binding(repository, cluster, manifests, findings)
-        indexed = _check_other_documents(repository, cluster, findings)
+        _check_other_documents(repository, cluster, findings)
+        indexed = None if quick else _check_index(repository, findings)
         chosen = list(manifests)
     else:
         chosen = list(wanted)
     packs: dict[str, PackRef | None] = {}
-    if wanted is None:
+    if wanted is None and not quick:
         for name in repository.store.list(_PACKS):
             packs[name] = None
     needed: dict[BackupId, list[Manifest]] = {}
@@ -92,7 +116,15 @@ def verify(
             continue
         needed[backup] = chain
         for manifest in chain:
-            needed_packs |= _collect_packs(repository, manifest, packs, findings)
+            if manifest.backup_id in seen:
+                continue
+            seen.add(manifest.backup_id)
+            try:
+                usage.add(manifest)
+            except _DAMAGE as error:
+                name = manifest_name(manifest.cluster, manifest.backup_id)
+                findings.damage.append(Damage(name, error.message))
+    packs.update({pack.name_of(ref.pack): ref for ref in usage.needed.values()})
     if indexed is not None:
         findings.damage += [
             Damage(
@@ -100,17 +132,25 @@ def verify(
                 "no index segment lists it: a segment is missing, and what the pack holds would"
                 " be stored again",
             )
-            for missing in sorted(needed_packs - indexed)
+            for missing in sorted(usage.needed.keys() - usage.roots - indexed)
         ]
-    _check_packs(repository, packs, threads, findings, progress, cancelled)
-    for number, chain in enumerate(needed.values()):
+    check = check_size if quick else check_pack
+    _check_packs(repository, packs, check, threads, findings, progress, cancelled)
+    for number, chain in enumerate([] if quick else needed.values()):
         progress("maps", number, len(needed))
         if cancelled():
             raise CancelledError("the verification was cancelled")
         name = manifest_name(cluster, chain[-1].backup_id)
         try:
-            for problem in _check_maps(repository, chain):
+            view = ChainView(repository, chain)
+            for problem in _check_maps(repository, view):
                 findings.damage.append(Damage(name, problem))
+            if level is VerifyLevel.FULL:
+                # What the baseline stored was looked at with the baseline, if in the same way.
+                inherited = chain[-1].baseline_id not in needed or (
+                    chain[-1].data_checksums != chain[-2].data_checksums
+                )
+                _check_pages(repository, view, inherited, threads, findings, progress, cancelled)
         except _DAMAGE as error:
             findings.damage.append(Damage(name, error.message))
     return VerifyReport(
@@ -120,6 +160,9 @@ def verify(
         bytes_read=findings.bytes_read,
         damage=findings.damage,
         seconds=round(time.monotonic() - began, 3),
+        level=level,
+        pages_checked=findings.pages,
+        pages_known_corrupt=findings.known_corrupt,
     )
 
 
@@ -127,10 +170,11 @@ def _manifests(
     repository: Repository, cluster: str, findings: _Findings
 ) -> dict[BackupId, Manifest]:
     found: dict[BackupId, Manifest] = {}
-    for backup in repository.backup_ids(cluster):
+    for backup in repository.taken_ids(cluster):
 
         def load(backup: BackupId = backup) -> int:
-            found[backup], _ = repository.manifest(cluster, backup)
+            with suppress(RevokedError):
+                found[backup], _ = repository.manifest(cluster, backup)
             return repository.store.size(manifest_name(cluster, backup))
 
         findings.check(manifest_name(cluster, backup), load)
@@ -158,16 +202,11 @@ def _check_binding(
         )
 
 
-def _check_other_documents(
-    repository: Repository, cluster: str, findings: _Findings
-) -> set[pack.PackId] | None:
-    """Everything but packs and this cluster's manifests; `repository.json` was read already.
-
-    Gives the packs that the index lists; None when a part of the index cannot be read.
-    """
+def _check_other_documents(repository: Repository, cluster: str, findings: _Findings) -> None:
+    """Documents but this cluster's manifests; `repository.json` was read already."""
     store, key = repository.store, repository.key
     own = manifest_name(cluster, BackupId("")).rpartition("/")[0] + "/"
-    for prefix in ("clusters/", "manifests/"):
+    for prefix in ("clusters/", "manifests/", condemned.PREFIX, husk.PREFIX):
         for name in store.list(prefix):
             if name.startswith(own):
                 continue
@@ -178,6 +217,18 @@ def _check_other_documents(
                 return len(data)
 
             findings.check(name, read)
+    for name in store.list(HOLDS):
+
+        def read_held(name: str = name) -> int:
+            read_hold(repository, name)
+            return store.size(name)
+
+        findings.check(name, read_held)
+
+
+def _check_index(repository: Repository, findings: _Findings) -> set[pack.PackId] | None:
+    """The packs that the index lists; None when a part of the index cannot be read."""
+    store, key = repository.store, repository.key
     indexed: set[pack.PackId] = set()
     before = len(findings.damage)
     for name in store.list(index.PREFIX):
@@ -191,44 +242,29 @@ def _check_other_documents(
     return indexed if len(findings.damage) == before else None
 
 
-def _collect_packs(
-    repository: Repository,
-    manifest: Manifest,
-    packs: dict[str, PackRef | None],
-    findings: _Findings,
-) -> set[pack.PackId]:
-    """Add the packs that a backup needs to `packs`; gives those that the index has to list."""
-    root = PackRef(pack.PackId(manifest.root.pack), manifest.root.size, manifest.root.footer)
-    packs[pack.name_of(root.pack)] = root
-    try:
-        refs = repository.tables(manifest).packs
-    except _DAMAGE as error:
-        name = manifest_name(manifest.cluster, manifest.backup_id)
-        findings.damage.append(Damage(name, f"its tables cannot be read: {error.message}"))
-        return set()
-    packs.update({pack.name_of(ref.pack): ref for ref in refs})
-    return {ref.pack for ref in refs}
-
-
 def _check_packs(
     repository: Repository,
     packs: dict[str, PackRef | None],
+    check: Callable[[Repository, str, PackRef | None], int],
     threads: int,
     findings: _Findings,
     progress: Progress,
     cancelled: Cancelled,
 ) -> None:
-    def check(item: tuple[str, PackRef | None]) -> tuple[str, int, str | None]:
+    def check_one(item: tuple[str, PackRef | None]) -> tuple[str, int, str | None]:
         name, ref = item
         if cancelled():
             return name, 0, None
         try:
-            return name, check_pack(repository, name, ref), None
+            return name, check(repository, name, ref), None
+        except ObjectMissingError as error:
+            # Of those that nothing needs an expiry may have removed some since they were listed.
+            return name, 0, None if ref is None else error.message
         except _DAMAGE as error:
             return name, 0, error.message
 
     with ThreadPoolExecutor(threads, thread_name_prefix="verify") as pool:
-        for number, (name, size, problem) in enumerate(pool.map(check, packs.items())):
+        for number, (name, size, problem) in enumerate(pool.map(check_one, packs.items())):
             findings.objects += 1
             findings.bytes_read += size
             if problem is not None:
@@ -236,6 +272,14 @@ def _check_packs(
             progress("packs", number + 1, len(packs))
     if cancelled():
         raise CancelledError("the verification was cancelled")
+
+
+def check_size(repository: Repository, name: str, ref: PackRef | None) -> int:
+    """Is a pack there, as long as it was written? Reads nothing of it."""
+    size = repository.store.size(name)
+    if ref is not None and size != ref.size:
+        raise CorruptObjectError(f"{name}: has {size} bytes instead of {ref.size}")
+    return 0
 
 
 def check_pack(repository: Repository, name: str, ref: PackRef | None) -> int:
@@ -251,9 +295,45 @@ def check_pack(repository: Repository, name: str, ref: PackRef | None) -> int:
     return len(data)
 
 
-def _check_maps(repository: Repository, chain: list[Manifest]) -> Iterator[str]:
+def _check_pages(
+    repository: Repository,
+    view: ChainView,
+    inherited: bool,
+    threads: int,
+    findings: _Findings,
+    progress: Progress,
+    cancelled: Cancelled,
+) -> None:
+    """Add what is wrong with the pages of a backup."""
+    name = manifest_name(view.chain[-1].cluster, view.chain[-1].backup_id)
+    total = sum(entry.size for entry in view.files.values())
+    done = 0
+
+    def check(batch: list[FileEntry]) -> list[PageFindings]:
+        found = []
+        for entry in batch:
+            try:
+                found.append(check_pages(view, repository.frames, entry.path, inherited=inherited))
+            except _DAMAGE as error:
+                found.append(PageFindings(problems=[f"{entry.path}: {error.message}"]))
+        return found
+
+    grouped = batches(view.files.values(), lambda entry: entry.size)
+    running = in_order(check, grouped, threads=threads, name="verify")
+    with closing(running):
+        for batch, results in running:
+            for found in results:
+                findings.pages += found.pages
+                findings.known_corrupt += found.known_corrupt
+                findings.damage += [Damage(name, problem) for problem in found.problems]
+            done += sum(entry.size for entry in batch)
+            progress("pages", done, total)
+            if cancelled():
+                raise CancelledError("the verification was cancelled")
+
+
+def _check_maps(repository: Repository, view: ChainView) -> Iterator[str]:
     """What is wrong with the folded page maps of a backup."""
-    view = ChainView(repository, chain)
     lengths: dict[int, np.ndarray[tuple[int], np.dtype[np.uint32]]] = {}
     for path, entry in view.files.items():
         if entry.kind not in (EntryKind.RELATION, EntryKind.CONTENT):

@@ -6,6 +6,7 @@ pytest_plugins = [
     "tests.fix_ci",
     "tests.fix_cluster",
     "tests.fix_backup",
+    "tests.fix_scene",
     "tests.fix_s3",
     "tests.fix_azure",
 ]

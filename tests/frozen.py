@@ -18,6 +18,7 @@ from dbmodule.manifest import Manifest
 from dbmodule.pgdata.source import LocalDataDirectory
 from dbmodule.ports import ServerIdentity, StoppedBackup, never_cancelled, no_progress
 from dbmodule.postgres.server import PsycopgServer
+from dbmodule.processes import LocalProcesses
 from dbmodule.reports import BackupOptions
 from tests.fix_backup import Site
 
@@ -65,8 +66,9 @@ class Frozen:
         """A backup of the copy, in the repository of the site."""
         identity = self.server.identity
         version = tablespace_version_directory(identity.major, identity.catalog_version)
+        repository = self.site.repository()
         environment = Environment(
-            repository=self.site.repository(),
+            repository=repository,
             cluster="main",
             directory=LocalDataDirectory(self.path, version),
             server=self.server,
@@ -76,6 +78,7 @@ class Frozen:
             host="",
             threads=2,
             compression_level=1,
+            locks=repository.locks(LocalProcesses()),
         )
         options = BackupOptions(kind, detect=detect, baseline_id=baseline)
         return take_backup(

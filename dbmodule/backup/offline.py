@@ -29,6 +29,13 @@ class Offline(Run):
             self.env.repository.bind(self.env.cluster, identity.system_identifier)
             history = self.history(control.timeline)
             stop_lsn = self._end_of_checkpoint(control)
+        with self.alone():
+            return self._take(identity, control, history, stop_lsn)
+
+    def _take(
+        self, identity: ServerIdentity, control: ControlFile, history: str, stop_lsn: Lsn
+    ) -> Taken:
+        with self.phases("baseline"):
             chosen = self.choose(
                 position_of(identity, control.redo, history),
                 lambda m: ancestry.proven_by_files(m.marks, self.env.directory),

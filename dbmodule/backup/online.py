@@ -15,7 +15,7 @@ from dbmodule.backup.steps import Begun, Ended, Run, Taken, position_of, read_co
 from dbmodule.errors import RefusedError, ServerError, WrongClusterError
 from dbmodule.ident import PAGE_SIZE, Lsn, format_lsn
 from dbmodule.manifest import Mark
-from dbmodule.ports import LineageMark, ServerIdentity
+from dbmodule.ports import LineageMark, Server, ServerIdentity
 
 LONGEST_START = 60
 """Seconds between the begin of a postmaster and its start time."""
@@ -51,6 +51,11 @@ class Online(Run):
             self.env.repository.bind(self.env.cluster, identity.system_identifier)
             history = self.history(identity.timeline)
             server.lock()
+        with self.alone():
+            return self._take(server, identity, history)
+
+    def _take(self, server: Server, identity: ServerIdentity, history: str) -> Taken:
+        with self.phases("baseline"):
             chosen = self.choose(
                 position_of(identity, identity.lsn, history),
                 lambda m: ancestry.proven_by_catalog(m.marks, self.env.catalog),

@@ -180,8 +180,11 @@ class RelationCopy:
         found = self._baseline.same_pages(self._result.path, unit, data)
         if found is None:
             return False
+        numbers_of_packs = np.unique(found.refs["pack"]).tolist()
+        if self._frames.avoids(found.packs[pack] for pack in numbers_of_packs):
+            return False
         refs = found.refs.copy()
-        for pack in np.unique(refs["pack"]).tolist():
+        for pack in numbers_of_packs:
             refs["pack"][found.refs["pack"] == pack] = self._frames.refer(found.packs[pack])
         self._collector.add(numbers[found.same], refs)
         new = ~found.same

@@ -55,6 +55,7 @@ from dbmodule.ports import (
 )
 from dbmodule.registry import EntryFlag, EntryKind, FileIdentity, RelationRow
 from dbmodule.reports import BackupOptions
+from dbmodule.repository.locks import Lock, Locks, backup_lock
 from dbmodule.repository.repository import Repository
 from dbmodule.repository.tables import FileEntry, TableWriter, encode_root
 from dbmodule.repository.writer import FrameWriter
@@ -83,6 +84,7 @@ class Environment:
     """The host's name."""
     threads: int
     compression_level: int
+    locks: Locks
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,14 +191,48 @@ class Run(ABC):
         self.options = options
         self.job_id = job_id
         self.progress = progress
-        self.cancelled = cancelled
+        self._asked_to_stop = cancelled
+        self._lock: Lock | None = None
         self.phases = Phases(progress)
         self.started_at = datetime.now(UTC)
-        self.backup_id = self._new_id()
+        self.backup_id, self._fallback_id = self._new_ids()
 
-    def _new_id(self) -> BackupId:
-        earlier = self.env.repository.backup_ids(self.env.cluster)
-        return new_backup_id(self.options.type, self.started_at, earlier)
+    def _new_ids(self) -> tuple[BackupId, BackupId | None]:
+        """The id of this backup, and the one it has if it becomes a full instead."""
+        taken = self.env.repository.taken_ids(self.env.cluster)
+        mine = new_backup_id(self.options.type, self.started_at, taken)
+        if self.options.fallback is None:
+            return mine, None
+        return mine, new_backup_id(self.options.fallback, self.started_at, taken)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep every other run that could commit a backup of this cluster out meanwhile.
+
+        Baselines are chosen, and packs looked up, only within; expiry relies on it. Raises
+        `LockedError` when another run is alive, or takes this one for dead.
+        """
+        if self.options.dry_run:
+            yield
+            return
+
+        def commits() -> list[tuple[str, BackupId]]:
+            self.backup_id, self._fallback_id = self._new_ids()
+            ids = (self.backup_id, self._fallback_id)
+            return [(self.env.cluster, backup) for backup in ids if backup is not None]
+
+        name = backup_lock(self.env.cluster)
+        with self.env.locks.acquire(name, commits, cancelled=self._asked_to_stop) as self._lock:
+            try:
+                yield
+            except CancelledError:
+                if self._lock.superseded:
+                    raise self._lock.lost() from None
+                raise
+
+    def cancelled(self) -> bool:
+        """Is there no use in going on?"""
+        return self._asked_to_stop() or (self._lock is not None and self._lock.superseded)
 
     @abstractmethod
     def take(self) -> Taken:
@@ -220,13 +256,13 @@ class Run(ABC):
             view = ancestry.ChainBaseline(self.env.repository, chain, detector=detector, here=here)
             return Chosen(chain, view, detector, reason)
         except RefusedError as error:
-            if self.options.fallback is not BackupType.FULL:
+            if self.options.fallback is not BackupType.FULL or self._fallback_id is None:
                 raise
             log.warning("a full backup is taken instead: %s", error)
             self.options = replace(
                 self.options, type=BackupType.FULL, baseline_id=None, detect="auto"
             )
-            self.backup_id = self._new_id()
+            self.backup_id = self._fallback_id
             return Chosen([], None, "full", f"no baseline: {error}")
 
     def _chain(self) -> list[Manifest]:
@@ -239,6 +275,8 @@ class Run(ABC):
             )
         for error in unreadable.values():
             log.warning("a backup is passed over: %s", error)
+        for condemned in self.env.repository.condemned_backups(self.env.cluster):
+            backups.pop(condemned, None)
         chosen = choose_baseline(backups, self.options.type, self.options.baseline_id)
         return ancestry.baseline_chain(self.env.repository, backups, chosen)
 
@@ -495,6 +533,8 @@ class Run(ABC):
         )
         if self.cancelled():
             raise CancelledError("the backup was cancelled")
+        if self._lock is not None:
+            self._lock.ensure_held()
         digest = repository.commit(manifest)
         if not self.options.dry_run:
             committed = [*zip(chain, hashes, strict=True), (manifest, digest)]

@@ -19,12 +19,13 @@ from dbmodule.backup import record
 from dbmodule.backup.copying import RelationKey
 from dbmodule.chain import chain_of
 from dbmodule.delta import ZERO_FRAME, Refs, to_extents
-from dbmodule.errors import CancelledError, UsageError
+from dbmodule.errors import BrokenChainError, CancelledError, UsageError
 from dbmodule.ident import BackupId, BackupType, new_backup_id
 from dbmodule.manifest import Manifest, Root
 from dbmodule.ports import Cancelled, Catalog, Progress
 from dbmodule.registry import EntryFlag, EntryKind, RelationRow
 from dbmodule.repository.chainview import ChainView
+from dbmodule.repository.locks import Lock, Locks, backup_lock
 from dbmodule.repository.repository import Repository
 from dbmodule.repository.tables import FileEntry, TableWriter, encode_root
 from dbmodule.repository.writer import FrameWriter
@@ -39,12 +40,50 @@ def synthesize(
     cluster: str,
     backup: BackupId,
     *,
+    locks: Locks,
     compression_level: int,
     progress: Progress,
     cancelled: Cancelled,
 ) -> Manifest:
     """Commit a full that holds what `backup` and its chain hold; raises a `DbmoduleError`."""
+    made: list[BackupId] = []
+
+    def commits() -> list[tuple[str, BackupId]]:
+        taken = repository.taken_ids(cluster)
+        made[:] = [new_backup_id(BackupType.FULL, datetime.now(UTC), taken)]
+        return [(cluster, made[0])]
+
+    with locks.acquire(backup_lock(cluster), commits, cancelled=cancelled) as lock:
+        manifest, digest = _commit(
+            repository,
+            cluster,
+            backup,
+            made[0],
+            lock,
+            compression_level=compression_level,
+            progress=progress,
+            cancelled=cancelled,
+        )
+    record.committed(catalog, repository, [(manifest, digest)])
+    return manifest
+
+
+def _commit(
+    repository: Repository,
+    cluster: str,
+    backup: BackupId,
+    made: BackupId,
+    lock: Lock,
+    *,
+    compression_level: int,
+    progress: Progress,
+    cancelled: Cancelled,
+) -> tuple[Manifest, str]:
     backups, _ = repository.readable_manifests(cluster)
+    if backup in repository.condemned_backups(cluster):
+        raise BrokenChainError(
+            f"{backup} is being removed by an expiry", hint="Name a backup that is kept."
+        )
     chain = chain_of(backups, backup)
     source = chain[-1]
     if source.type is BackupType.FULL:
@@ -52,7 +91,6 @@ def synthesize(
             f"{backup} is a full backup already", hint="Name a differential or an incremental."
         )
     repository.check_chain(chain)
-    earlier = repository.backup_ids(cluster)
     view = ChainView(repository, chain)
     frames = repository.writer(compression_level)
     try:
@@ -66,7 +104,7 @@ def synthesize(
         frames.close()
     manifest = replace(
         source,
-        backup_id=new_backup_id(BackupType.FULL, datetime.now(UTC), earlier),
+        backup_id=made,
         type=BackupType.FULL,
         baseline_id=None,
         baseline_hash=None,
@@ -87,9 +125,8 @@ def synthesize(
         phases={},
         root=Root(root.pack, root.size, root.footer),
     )
-    digest = repository.commit(manifest)
-    record.committed(catalog, repository, [(manifest, digest)])
-    return manifest
+    lock.ensure_held()
+    return manifest, repository.commit(manifest)
 
 
 def _fold(

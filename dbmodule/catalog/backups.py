@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
-from sqlalchemy import BigInteger, ColumnElement, insert, literal_column, select
+from sqlalchemy import BigInteger, ColumnElement, delete, insert, literal_column, select
 from sqlalchemy.dialects.postgresql import insert as upsert
 
 from dbmodule import datafile
@@ -91,6 +91,19 @@ class SqlCatalog:
                 connection.execute(insert(backup_relation), rows)
             if corruption:
                 connection.execute(insert(corrupt_page), [key | _page(page) for page in corruption])
+
+    def forget(self, backups: Collection[BackupId]) -> set[BackupId]:
+        depended_on = select(backup_dependency.c.baseline_id)
+        unneeded = (
+            delete(backup)
+            .where(backup.c.backup_id.in_(backups), backup.c.backup_id.not_in(depended_on))
+            .returning(backup.c.backup_id)
+        )
+        with server_errors("leave out removed backups"), self._engine.begin() as connection:
+            # One layer of dependents at a time: the foreign key refuses what is still depended on.
+            while connection.execute(unneeded).first() is not None:
+                pass
+        return self.unknown(list(backups))
 
     def missing_grants(self) -> list[str]:
         """SQL that an administrator must run so that this role can keep the catalog."""

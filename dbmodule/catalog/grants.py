@@ -10,7 +10,7 @@ from psycopg import sql
 _NEEDED = """
     WITH needed (relation, privileges) AS (
         VALUES
-            ('backup', 'SELECT,INSERT'),
+            ('backup', 'SELECT,INSERT,DELETE'),
             ('backup_dependency', 'SELECT,INSERT'),
             ('backup_relation', 'SELECT,INSERT'),
             ('corrupt_page', 'SELECT,INSERT'),

@@ -12,6 +12,7 @@ from typing import Any
 from blake3 import blake3
 
 from dbmodule.errors import CorruptObjectError, FormatVersionError
+from dbmodule.ports import ObjectStore
 
 FORMAT = 1
 """The version of the repository format that this code writes, and the newest that it reads."""
@@ -55,3 +56,19 @@ def unseal(name: str, data: bytes, key: bytes | None) -> tuple[dict[str, Any], s
             hint="Install the version of dbmodule that wrote the repository, or a newer one.",
         )
     return body, digest
+
+
+class Documents:
+    """The sealed documents of one repository, by name."""
+
+    def __init__(self, store: ObjectStore, key: bytes) -> None:
+        self.store = store
+        self._key = key
+
+    def put(self, name: str, body: dict[str, Any]) -> None:
+        """Create a document, durably; `ObjectExistsError`."""
+        self.store.put_new(name, [seal({**body, "format": FORMAT}, self._key)])
+
+    def get(self, name: str) -> dict[str, Any]:
+        """A document's body; `ObjectMissingError`, `CorruptObjectError`, `FormatVersionError`."""
+        return unseal(name, self.store.get(name), self._key)[0]

@@ -6,10 +6,14 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import zstandard
+from numpy.typing import NDArray
 
-from dbmodule.errors import CorruptObjectError
+from dbmodule.errors import CorruptObjectError, ObjectMissingError
 from dbmodule.ports import ObjectStore
+from dbmodule.repository.document import Documents
+from dbmodule.repository.husk import Husk, read_husk
 from dbmodule.repository.index import PackRef
 from dbmodule.repository.pack import (
     ENCODING_RAW,
@@ -18,6 +22,7 @@ from dbmodule.repository.pack import (
     HEADER,
     TRAILER,
     Footer,
+    PackId,
     keyed,
     name_of,
 )
@@ -34,15 +39,21 @@ def _decompressor() -> zstandard.ZstdDecompressor:
 
 
 class FrameReader:
-    """Frames of a repository's packs. Safe for threads; keeps footers up to a number of bytes."""
+    """Frames of a repository's packs. Safe for threads; keeps footers up to a number of bytes.
+
+    A pack that is not there is looked for by its husk, which says where its frames are now.
+    """
 
     FOOTER_BYTES = 32 << 20
+    HUSKS = 64
 
     def __init__(self, store: ObjectStore, key: bytes) -> None:
         self._store = store
         self._key = key
+        self._documents = Documents(store, key)
         self._footers: OrderedDict[str, Footer] = OrderedDict()
         self._footer_bytes = 0
+        self._husks: OrderedDict[str, Husk] = OrderedDict()
         self._lock = threading.Lock()
         self._local = threading.local()
 
@@ -57,8 +68,11 @@ class FrameReader:
         start = ref.size - TRAILER.size - ref.footer
         if start < HEADER.size or ref.footer < FOOTER.size:
             raise CorruptObjectError(f"{name}: is referred to with an impossible size")
-        data = self._store.get(name, start, ref.footer)
-        footer = Footer.open(ref.pack, data, self._key)
+        try:
+            data = self._store.get(name, start, ref.footer)
+            footer = Footer.open(ref.pack, data, self._key)
+        except ObjectMissingError as error:
+            footer = self._moved_to(ref, error).footer
         if footer.object_size != ref.size:
             raise CorruptObjectError(f"{name}: is referred to with the wrong size")
         with self._lock:
@@ -69,16 +83,40 @@ class FrameReader:
                 self._footer_bytes -= self._footers.popitem(last=False)[1].length
         return footer
 
+    def husk(self, pack: PackId) -> Husk | None:
+        """None when the pack has none; `CorruptObjectError`."""
+        with self._lock:
+            found = self._husks.get(pack)
+            if found is not None:
+                self._husks.move_to_end(pack)
+                return found
+        husk = read_husk(self._documents, pack, self._key)
+        if husk is not None:
+            with self._lock:
+                self._husks[pack] = husk
+                while len(self._husks) > self.HUSKS:
+                    self._husks.popitem(last=False)
+        return husk
+
+    def _moved_to(self, ref: PackRef, error: ObjectMissingError) -> Husk:
+        """Where the frames of a pack are now that is not there; raises `error` if nowhere."""
+        husk = self.husk(ref.pack)
+        if husk is None:
+            raise error
+        return husk
+
     def frame(self, ref: PackRef, number: int) -> bytes:
         """The raw bytes of one frame."""
+        ((_, raw),) = self._read(ref, [number], 0, 0)
+        return raw
+
+    def stored(self, ref: PackRef, number: int) -> bytes:
+        """The stored bytes of one frame of a pack that is there, after they were checked."""
         footer = self.footer(ref)
-        if not 0 <= number < len(footer.entries):
-            raise CorruptObjectError(f"{name_of(ref.pack)}: has no frame {number}")
-        entry = footer.entries[number]
-        stored = self._store.get(
-            name_of(ref.pack), int(footer.offsets[number]), int(entry["stored"])
-        )
-        return self.decode(footer, number, stored)
+        length = int(footer.entries["stored"][number])
+        data = self._store.get(name_of(ref.pack), int(footer.offsets[number]), length)
+        self.decode(footer, number, data)
+        return data
 
     def frames(
         self, ref: PackRef, numbers: Sequence[int], read_bytes: int, gap_bytes: int
@@ -94,10 +132,15 @@ class FrameReader:
                 held = ref.pack, numbers[0], self.frame(ref, numbers[0])
                 self._local.frame = held
             yield numbers[0], held[2]
-            return
+        else:
+            yield from self._read(ref, numbers, read_bytes, gap_bytes)
+
+    def _read(
+        self, ref: PackRef, numbers: Sequence[int], read_bytes: int, gap_bytes: int
+    ) -> Iterator[tuple[int, bytes]]:
         footer = self.footer(ref)
         name = name_of(ref.pack)
-        if numbers and numbers[-1] >= len(footer.entries):
+        if numbers and not 0 <= numbers[0] <= numbers[-1] < len(footer.entries):
             raise CorruptObjectError(f"{name}: has no frame {numbers[-1]}")
         starts = footer.offsets[numbers].tolist()
         ends = (footer.offsets[numbers] + footer.entries["stored"][numbers]).tolist()
@@ -110,12 +153,43 @@ class FrameReader:
                 and ends[last + 1] - starts[first] <= read_bytes
             ):
                 last += 1
-            data = memoryview(self._store.get(name, starts[first], ends[last] - starts[first]))
+            try:
+                data = memoryview(self._store.get(name, starts[first], ends[last] - starts[first]))
+            except ObjectMissingError as error:
+                husk = self._moved_to(ref, error)
+                rest = np.array(numbers[first:], np.int64)
+                yield from self._moved(footer, husk, rest, read_bytes, gap_bytes)
+                return
             for at in range(first, last + 1):
                 offset = starts[at] - starts[first]
                 stored = data[offset : offset + ends[at] - starts[at]]
                 yield numbers[at], self.decode(footer, numbers[at], stored)
             first = last + 1
+
+    def _moved(
+        self,
+        footer: Footer,
+        husk: Husk,
+        numbers: NDArray[np.int64],
+        read_bytes: int,
+        gap_bytes: int,
+    ) -> Iterator[tuple[int, bytes]]:
+        """As `frames`, of a pack whose frames are in others now."""
+        if husk.lacks(numbers):
+            raise CorruptObjectError(f"{name_of(footer.pack)}: a frame was removed that is in use")
+        rows, targets = husk.numbers[numbers], husk.targets[numbers]
+        # Stretches that lie in one pack, in its order.
+        cuts = np.flatnonzero((np.diff(rows) != 0) | (np.diff(targets) <= 0)) + 1
+        for part in np.split(np.arange(len(numbers)), cuts):
+            place = husk.packs[int(rows[part[0]])]
+            there = self.footer(place)
+            found = self.frames(place, targets[part].tolist(), read_bytes, gap_bytes)
+            for old, (new, raw) in zip(numbers[part].tolist(), found, strict=True):
+                if there.frame_hash(new) != footer.frame_hash(old):
+                    raise CorruptObjectError(
+                        f"{name_of(footer.pack)}: its husk takes another frame for frame {old}"
+                    )
+                yield old, raw
 
     def decode(self, footer: Footer, number: int, stored: bytes | memoryview) -> bytes:
         """Decompress frame `number` from its stored bytes and check its hash."""

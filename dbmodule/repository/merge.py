@@ -64,8 +64,8 @@ def choose(rows: Sequence[Sequence[Segment]]) -> Sequence[Sequence[Segment]]:
     return rows[:count]
 
 
-def tidy(store: ObjectStore, key: bytes, cancelled: Cancelled) -> None:
-    """Merge what is to be merged, and delete what was.
+def tidy(store: ObjectStore, key: bytes, cancelled: Cancelled, *, everything: bool = False) -> None:
+    """Merge what is to be merged, and delete what was; `everything` after packs were removed.
 
     The index is a hint: whatever keeps it from being merged is logged and no error, and a merge
     that is cancelled just ends.
@@ -78,12 +78,12 @@ def tidy(store: ObjectStore, key: bytes, cancelled: Cancelled) -> None:
             old = superseded(segments)
             _delete(store, sorted(old))
             rows = lanes(s for s in segments if s.name not in old | damaged)
-            chosen = choose(rows)
+            chosen = rows[:MAX_LANES] if everything else choose(rows)
             now = len(rows), -len(damaged)
             # Each round makes lanes fewer, or leaves damage out; else somebody else is at it.
             if not chosen or (before is not None and now[0] >= before[0] and now[1] >= before[1]):
                 return
-            before = now
+            before, everything = now, everything and len(rows) > MAX_LANES
             merge = _Merge(store, key, chosen, cancelled, all_of_it=len(chosen) == len(rows))
             try:
                 merge.run()

@@ -1,18 +1,21 @@
 """Packs: append-only objects of frames, named by the hash of their own table of contents.
 
     pack    = header, frame bytes ..., footer, trailer
-    header  = magic "DBMPACK1", format u32, zero u32                                 (16 bytes)
+    header  = magic "DBMPACK1", format u32, zero u32, 16 random bytes                (32 bytes)
     footer  = frames u32, page hashes u32, body length u64, body hash 32,
               one 44-byte entry per frame, one 16-byte hash per hashed page
     trailer = footer length u32, format u32, magic "DBMPKEND"                         (16 bytes)
 
 Invariant: a pack's name is the keyed BLAKE3 of its footer, the footer holds the hash of every
 frame's raw bytes and of the whole stored body. So whoever knows the name can check every byte,
-and a manifest that names its packs is tamper-evident down to the pages.
+and a manifest that names its packs is tamper-evident down to the pages. The random bytes of the
+header make each name one of its own: a pack that was removed never comes back, so that the late
+removal of a pack by a run that was stopped cannot hit another.
 """
 
 from __future__ import annotations
 
+import secrets
 import struct
 from dataclasses import dataclass
 from typing import Any, NewType
@@ -32,7 +35,8 @@ PackId = NewType("PackId", str)
 
 MAGIC = b"DBMPACK1"
 END_MAGIC = b"DBMPKEND"
-HEADER = struct.Struct("<8sII")
+PREFIX = "packs/"
+HEADER = struct.Struct("<8sII16s")
 FOOTER = struct.Struct("<IIQ32s")
 TRAILER = struct.Struct("<II8s")
 ENTRY = np.dtype(
@@ -53,7 +57,7 @@ MAX_FRAMES = 1 << 24
 
 def name_of(pack: PackId) -> str:
     """The pack's object name; two digits of fan-out keep directories small."""
-    return f"packs/{pack[:2]}/{pack}"
+    return f"{PREFIX}{pack[:2]}/{pack}"
 
 
 def keyed(key: bytes, data: Buffer, length: int = 32) -> bytes:
@@ -65,7 +69,8 @@ class PackBuilder:
     """Collects frames in memory until they are sealed into the chunks of one object."""
 
     def __init__(self) -> None:
-        self._chunks: list[Buffer] = [HEADER.pack(MAGIC, FORMAT, 0)]
+        # Two packs of the same frames must not have one name: see the invariant above.
+        self._chunks: list[Buffer] = [HEADER.pack(MAGIC, FORMAT, 0, secrets.token_bytes(16))]
         self._entries: list[tuple[int, int, int, int, int, bytes]] = []
         self._page_hashes: list[bytes] = []
         self.size = HEADER.size
@@ -180,7 +185,8 @@ def open_whole(name: str, data: memoryview, key: bytes) -> Footer:
     """
     length = footer_length(name, bytes(data[-TRAILER.size :]))
     start = len(data) - TRAILER.size - length
-    if start < HEADER.size or bytes(data[: HEADER.size]) != HEADER.pack(MAGIC, FORMAT, 0):
+    head = HEADER.pack(MAGIC, FORMAT, 0, bytes(16))[:-16]
+    if start < HEADER.size or bytes(data[: len(head)]) != head:
         raise CorruptObjectError(f"{name}: not a pack, or damaged at its beginning")
     identity = PackId(name.rpartition("/")[2])
     if name != name_of(identity):

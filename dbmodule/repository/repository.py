@@ -3,21 +3,27 @@
     repository.json             what this is: format version, id, key for hashes
     clusters/NAME.json          which database cluster a name stands for
     manifests/NAME/ID.json      one per committed backup
-    packs/xx/…  index/…         see `pack` and `index`
+    packs/xx/…  husks/xx/…      see `pack` and `husk`
+    index/…                     see `index`
+    locks/…  condemned/…        see `locks` and `condemned`
 
-Invariant: a backup exists if and only if its manifest does.
+Invariant: a backup exists if and only if its manifest does. Under a manifest's name there may be a
+*tombstone* instead: it keeps a run that was taken for dead from committing that backup.
 """
 
 from __future__ import annotations
 
 import re
 import secrets
+from contextlib import suppress
 from datetime import UTC, datetime
+from itertools import chain
 
 from dbmodule.errors import (
     BrokenChainError,
     CorruptObjectError,
     FormatVersionError,
+    LockedError,
     ObjectExistsError,
     ObjectMissingError,
     RepositoryError,
@@ -26,16 +32,22 @@ from dbmodule.errors import (
 )
 from dbmodule.ident import BackupId, SystemId
 from dbmodule.manifest import Manifest, from_body, to_body
-from dbmodule.ports import Cancelled, ObjectStore
-from dbmodule.repository.document import FORMAT, seal, unseal
+from dbmodule.ports import Cancelled, ObjectStore, Processes
+from dbmodule.repository.condemned import Condemned
+from dbmodule.repository.document import FORMAT, Documents, seal, unseal
 from dbmodule.repository.frames import FrameReader
+from dbmodule.repository.husk import husked_packs
 from dbmodule.repository.index import PackRef
+from dbmodule.repository.locks import Locks, LockTiming
 from dbmodule.repository.merge import tidy
 from dbmodule.repository.pack import PackId
 from dbmodule.repository.tables import TableReader
 from dbmodule.repository.writer import FrameWriter
 
 DESCRIPTION = "repository.json"
+MANIFESTS = "manifests/"
+REVOKED = "revoked"
+"""Member of a tombstone, true."""
 _CLUSTER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 
@@ -54,7 +66,11 @@ def cluster_document(cluster: str) -> str:
 
 
 def manifest_name(cluster: str, backup: BackupId) -> str:
-    return f"manifests/{cluster}/{backup}.json"
+    return f"{MANIFESTS}{cluster}/{backup}.json"
+
+
+class RevokedError(ObjectMissingError):
+    """What has the name of a manifest is a tombstone: there is no such backup."""
 
 
 class Repository:
@@ -64,6 +80,8 @@ class Repository:
         self.store = store
         self.id = repository_id
         self.key = key
+        self.documents = Documents(store, key)
+        self.condemned = Condemned(self.documents)
         self.frames = FrameReader(store, key)
 
     # -- opening --------------------------------------------------------------------------------
@@ -127,46 +145,64 @@ class Repository:
         """A manifest and its hash; `ObjectMissingError`, `CorruptObjectError`."""
         name = manifest_name(check_cluster_name(cluster), backup)
         body, digest = unseal(name, self.store.get(name), self.key)
+        if body.get(REVOKED) is True:
+            raise RevokedError(f"{name}: the backup was revoked before it was committed")
         manifest = from_body(name, body)
         if manifest.backup_id != backup or manifest.cluster != cluster:
             raise CorruptObjectError(f"{name}: holds the manifest of another backup")
         return manifest, digest
 
-    def backup_ids(self, cluster: str) -> list[BackupId]:
-        """The committed backups of a cluster, oldest first; their manifests may be damaged."""
-        prefix = f"manifests/{check_cluster_name(cluster)}/"
+    def clusters(self) -> list[str]:
+        """Names of the clusters under which anything was committed or revoked."""
+        names = (name.split("/")[1] for name in self.store.list(MANIFESTS))
+        return sorted(set(names))
+
+    def taken_ids(self, cluster: str) -> list[BackupId]:
+        """Ids that are in use, in order: of committed backups, readable or not, and of revoked."""
+        prefix = f"{MANIFESTS}{check_cluster_name(cluster)}/"
         return [
             BackupId(name.removeprefix(prefix).removesuffix(".json"))
             for name in self.store.list(prefix)
         ]
 
+    def backup_ids(self, cluster: str) -> list[BackupId]:
+        """The committed backups of a cluster, oldest first; their manifests may be damaged."""
+        return sorted(chain.from_iterable(self.readable_manifests(cluster)))
+
     def manifests(self, cluster: str) -> dict[BackupId, Manifest]:
-        """All committed backups of a cluster, oldest first; `CorruptObjectError`."""
-        return {backup: self.manifest(cluster, backup)[0] for backup in self.backup_ids(cluster)}
+        """All committed backups of a cluster, oldest first; raises what any of them cannot be read
+        for.
+        """
+        found, unreadable = self.readable_manifests(cluster)
+        for error in unreadable.values():
+            raise error
+        return found
 
     def readable_manifests(
         self, cluster: str
     ) -> tuple[dict[BackupId, Manifest], dict[BackupId, RepositoryError]]:
-        """As `manifests`, and why each of the others cannot be read.
+        """All committed backups of a cluster, oldest first, and why others cannot be read.
 
         Damage to one backup must neither hide the others nor keep new ones from being taken.
         """
         found: dict[BackupId, Manifest] = {}
         unreadable: dict[BackupId, RepositoryError] = {}
-        for backup in self.backup_ids(cluster):
+        for backup in self.taken_ids(cluster):
             try:
                 found[backup] = self.manifest(cluster, backup)[0]
+            except RevokedError:
+                continue
             except (CorruptObjectError, FormatVersionError, ObjectMissingError) as error:
                 unreadable[backup] = error
         return found, unreadable
 
-    def check_chain(self, chain: list[Manifest]) -> list[str]:
+    def check_chain(self, members: list[Manifest]) -> list[str]:
         """The manifests' hashes, after proving that each names its baseline's.
 
         Raises `BrokenChainError` when a baseline was replaced since its dependent was taken.
         """
         hashes: list[str] = []
-        for manifest in chain:
+        for manifest in members:
             _, digest = self.manifest(manifest.cluster, manifest.backup_id)
             if hashes and manifest.baseline_hash != hashes[-1]:
                 raise BrokenChainError(
@@ -178,11 +214,46 @@ class Repository:
         return hashes
 
     def commit(self, manifest: Manifest) -> str:
-        """Write the manifest: from now on the backup exists. Gives the manifest's hash."""
+        """Write the manifest: from now on the backup exists. Gives the manifest's hash.
+
+        Raises `LockedError` when the backup was revoked.
+        """
         name = manifest_name(manifest.cluster, manifest.backup_id)
         data = seal(to_body(manifest), self.key)
-        self.store.put_new(name, [data])
+        try:
+            self.store.put_new(name, [data])
+        except ObjectExistsError:
+            if self.is_revoked(manifest.cluster, manifest.backup_id):
+                raise LockedError(
+                    f"backup {manifest.backup_id} cannot be committed: another run has taken this"
+                    " one for dead and revoked it",
+                    hint="It was stopped or cut off from the repository for too long: run it"
+                    " again.",
+                ) from None
+            raise
         return unseal(name, data, self.key)[1]
+
+    def revoke(self, cluster: str, backup: BackupId) -> None:
+        """Keep a backup from ever being committed; nothing happens if it is already."""
+        body = {
+            REVOKED: True,
+            "backup_id": backup,
+            "cluster": cluster,
+            "at": datetime.now(UTC).isoformat(),
+        }
+        with suppress(ObjectExistsError):
+            self.documents.put(manifest_name(check_cluster_name(cluster), backup), body)
+
+    def is_revoked(self, cluster: str, backup: BackupId) -> bool:
+        """Is there a tombstone in the place of this backup's manifest?"""
+        try:
+            self.manifest(cluster, backup)
+        except RevokedError:
+            return True
+        return False
+
+    def locks(self, processes: Processes, timing: LockTiming | None = None) -> Locks:
+        return Locks(self.documents, processes, self.revoke, timing)
 
     def tables(self, manifest: Manifest) -> TableReader:
         root = manifest.root
@@ -193,4 +264,18 @@ class Repository:
         tidy(self.store, self.key, cancelled)
 
     def writer(self, compression_level: int) -> FrameWriter:
-        return FrameWriter(self.store, self.key, self.frames, compression_level)
+        """To be made by a run that holds its lock already: see `condemned`."""
+        avoid = {p for s in self.condemned.load() for p in s.packs | s.rewritten}
+        # Of a pack with a husk not every frame is there any more.
+        avoid |= husked_packs(self.store)
+        return FrameWriter(
+            self.store, self.key, self.frames, compression_level, avoid, self._condemned_packs
+        )
+
+    def _condemned_packs(self) -> set[PackId]:
+        confirmed = [s for s in self.condemned.load() if s.confirmed_at is not None]
+        return {pack for sentence in confirmed for pack in sentence.packs}
+
+    def condemned_backups(self, cluster: str) -> set[BackupId]:
+        """Backups that are being removed: nothing may be built on them any more."""
+        return {b for s in self.condemned.load() for name, b in s.backups if name == cluster}

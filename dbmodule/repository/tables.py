@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dbmodule import datafile
-from dbmodule.delta import EXTENT
+from dbmodule.delta import EXTENT, ZERO_FRAME
 from dbmodule.errors import CorruptObjectError, FormatVersionError
 from dbmodule.registry import HASH, MARK, EntryFlag, EntryKind, FileIdentity, RelationRow
 from dbmodule.repository.document import FORMAT
@@ -297,6 +297,23 @@ class TableReader:
 
     def rows(self, table: str) -> int:
         return int(self._tables[table]["rows"])
+
+    def frames_in_use(self) -> dict[int, NDArray[np.int64]]:
+        """Frames that the tables consist of or refer to: pack number → ascending numbers.
+
+        What a baseline's tables refer to is not among them.
+        """
+        own = [place for table in self._tables.values() for place in table["groups"]]
+        found = [np.array([pack << 32 | frame for pack, frame in own], np.uint64)]
+        size = int(self._tables["extents"]["group_rows"])
+        for first in range(0, self.rows("extents"), size):
+            rows = self.slice("extents", first, min(size, self.rows("extents") - first))
+            stored = rows[rows["frame"] != ZERO_FRAME]
+            found.append(np.unique(stored["pack"].astype(np.uint64) << 32 | stored["frame"]))
+        places = np.unique(np.concatenate(found))
+        packs, starts = np.unique(places >> np.uint64(32), return_index=True)
+        parts = np.split((places & np.uint64(0xFFFFFFFF)).astype(np.int64), starts[1:])
+        return dict(zip(packs.tolist(), parts, strict=True)) if len(packs) else {}
 
     def _group_bytes(self, table: str, group: int) -> bytes:
         with _well_formed(f"table {table}"):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -36,6 +36,7 @@ from dbmodule.repository.pack import (
     MAX_FRAMES,
     Footer,
     PackBuilder,
+    PackId,
     keyed,
     name_of,
     page_slices,
@@ -70,14 +71,30 @@ class FrameWriter:
     PACK_BYTES = 32 << 20
     UPLOADS = 2
     INDEX_ENTRIES = 1 << 18
-    """A segment is written whenever this many new entries have become durable."""
+    """A segment is written whenever this many new entries have become durable,"""
+    INDEX_PACKS = 2
+    """or so many packs, and a twentieth of all so far: but for such a part the next run finds what
+    a killed one has stored, and however long a run is it makes few segments."""
     RECENT = 1 << 17
     """Bound on the frames and pages of this very backup that are remembered for deduplication."""
     GONE = 1 << 16
     """Bound on the packs that are remembered as missing though the index knows of them."""
 
-    def __init__(self, store: ObjectStore, key: bytes, reader: FrameReader, level: int) -> None:
+    def __init__(
+        self,
+        store: ObjectStore,
+        key: bytes,
+        reader: FrameReader,
+        level: int,
+        avoid: Collection[PackId] = (),
+        condemned: Callable[[], Collection[PackId]] = tuple,
+    ) -> None:
+        """Packs to `avoid` are not found again; none in `condemned`, which is asked at the end,
+        may be referred to.
+        """
         self._store = store
+        self._avoid = avoid
+        self._condemned = condemned
         self._key = key
         self._reader = reader
         self._level = level
@@ -96,6 +113,7 @@ class FrameWriter:
         self._slots = threading.BoundedSemaphore(self.UPLOADS + 1)
         self._pending: list[Future[Footer]] = []
         self._unindexed: list[Footer] = []
+        self._stored = 0
         self.counts = WriteCounts()
 
     # -- intake ---------------------------------------------------------------------------------
@@ -204,7 +222,7 @@ class FrameWriter:
 
     def _confirmed(self, hit: Hit, digest: bytes, *, whole: bool) -> Ref | None:
         """What the index says, if the pack's own footer says so too."""
-        if hit.pack.pack in self._gone:
+        if hit.pack.pack in self._gone or hit.pack.pack in self._avoid:
             return None
         try:
             footer = self._reader.footer(hit.pack)
@@ -227,6 +245,10 @@ class FrameWriter:
         # was not found by them.
         ordinal = self.refer(PackRef(footer.pack, footer.object_size, footer.length))
         return ordinal, hit.frame, 0 if whole else hit.slot
+
+    def avoids(self, packs: Iterable[PackRef]) -> bool:
+        """May any of these packs be about to go, so that nothing new may refer to it?"""
+        return any(pack.pack in self._avoid for pack in packs)
 
     def refer(self, pack: PackRef) -> int:
         """The row in this backup's pack table of a pack that an earlier one wrote."""
@@ -296,16 +318,11 @@ class FrameWriter:
     def _put(self, ordinal: int, builder: PackBuilder) -> Footer:
         try:
             chunks, footer = builder.seal(self._key)
-            name = name_of(footer.pack)
-            try:
-                self._store.put_new(name, chunks)
-            except ObjectExistsError:
-                # The same frames in the same order: a run before this one wrote them.
-                if self._store.size(name) != footer.object_size:
-                    raise
+            self._store.put_new(name_of(footer.pack), chunks)
             with self._lock:
                 self._packs[ordinal] = PackRef(footer.pack, footer.object_size, footer.length)
                 self._unindexed.append(footer)
+                self._stored += 1
                 self.counts.bytes_stored += footer.object_size
             return footer
         finally:
@@ -317,14 +334,18 @@ class FrameWriter:
             self._pending = [future for future in self._pending if not future.done()]
         for future in done:
             future.result()
-        self._write_index(at_least=self.INDEX_ENTRIES)
-
-    def _write_index(self, at_least: int) -> None:
         with self._lock:
             entries = sum(len(f.entries) + len(f.page_hashes) for f in self._unindexed)
-            if not self._unindexed or entries < at_least:
-                return
+            packs = len(self._unindexed)
+            due = packs >= max(self.INDEX_PACKS, self._stored // 20)
+        if due or entries >= self.INDEX_ENTRIES:
+            self._write_index()
+
+    def _write_index(self) -> None:
+        with self._lock:
             footers, self._unindexed = self._unindexed, []
+        if not footers:
+            return
         for name, chunks in index.encode(footers, self._key):
             with contextlib.suppress(ObjectExistsError):
                 size = self._store.put_new(name, chunks)
@@ -341,7 +362,7 @@ class FrameWriter:
             pending = list(self._pending)
         for future in pending:
             future.result()
-        self._write_index(at_least=1)
+        self._write_index()
         with self._lock:
             packs = [pack for pack in self._packs if pack is not None]
             if len(packs) != len(self._packs):
@@ -354,19 +375,32 @@ class FrameWriter:
         stored, encoding = self._compress(raw)
         builder.add(stored, len(raw), encoding, keyed(self._key, raw), b"")
         chunks, footer = builder.seal(self._key)
-        with contextlib.suppress(ObjectExistsError):
-            self.counts.bytes_stored += self._store.put_new(name_of(footer.pack), chunks)
+        self.counts.bytes_stored += self._store.put_new(name_of(footer.pack), chunks)
         return PackRef(footer.pack, footer.object_size, footer.length)
 
     def check_references(self) -> None:
-        """Are the packs that earlier backups wrote and this one refers to still there, whole?
+        """Are the packs that earlier backups wrote and this one refers to still there, whole, and
+        none of them condemned?
 
         Raises `RepositoryError`; to be asked after `flush` and before the manifest is written.
         """
+        condemned = self._condemned()
         for pack in self._packs:
+            if pack is not None and pack.pack in condemned:
+                raise RepositoryError(
+                    f"{name_of(pack.pack)} was condemned by an expiry while this run referred to"
+                    " it",
+                    hint="Run the backup again; if that happens twice, report it.",
+                )
             if pack is not None and pack.pack in self._ordinals:
                 name = name_of(pack.pack)
-                if self._store.size(name) != pack.size:
+                try:
+                    size = self._store.size(name)
+                except ObjectMissingError:
+                    if self._reader.husk(pack.pack) is None:
+                        raise
+                    continue
+                if size != pack.size:
                     raise RepositoryError(
                         f"{name} does not have the size that it was written with",
                         hint="Run `dbmodule verify`; a full backup into a new repository is safe.",

@@ -15,10 +15,15 @@ from dbmodule.reports import (
     CheckReport,
     CorruptPage,
     Damage,
+    ExpireReport,
     Finding,
+    HoldReport,
     InitReport,
     RelationChange,
+    ReleaseReport,
     RestoreReport,
+    RetentionDecision,
+    RetentionReport,
     VerifyReport,
 )
 
@@ -124,6 +129,30 @@ def default_answers() -> dict[str, Any]:
         ),
         "verify": VerifyReport("sound", [FULL], 12, 1 << 20, [], 0.5),
         "synthesize": backup_report(detector="synthetic", detector_reason="made of a chain"),
+        "expire": RetentionReport(
+            dry_run=False,
+            policy={"keep_last": 1},
+            decisions=[
+                RetentionDecision(FULL, False, ["no rule keeps it"], "2026-02-01T00:00:05+00:00"),
+                RetentionDecision(DIFF, True, ["keep_last = 1", "held until 2027"], None),
+            ],
+            removal=ExpireReport(
+                removed=[FULL],
+                spared=[],
+                postponed="",
+                packs_condemned=3,
+                bytes_condemned=1 << 20,
+                packs_removed=0,
+                bytes_removed=0,
+                packs_rewritten=0,
+                bytes_rewritten=0,
+                dry_run=False,
+                seconds=0.5,
+            ),
+            hint="",
+        ),
+        "hold": HoldReport(FULL, "forever"),
+        "release": ReleaseReport(FULL, 1),
         "run_agent": None,
         "install_extension": ["copied dbmodule.control", "created the extension"],
     }
@@ -168,12 +197,22 @@ class App:
     def restore(self, options: Any, *, progress: Any, cancelled: Any) -> Any:
         return self._answer("restore", options=options)
 
-    def verify(self, backup: str | None, *, progress: Any, cancelled: Any) -> Any:
-        return self._answer("verify", backup=backup)
+    def verify(self, backup: str | None, *, level: Any, progress: Any, cancelled: Any) -> Any:
+        return self._answer("verify", backup=backup, level=level)
 
     def synthesize(self, backup: str, *, progress: Any, cancelled: Any) -> Any:
         progress("fold", 1, 2)
         return self._answer("synthesize", backup=backup)
+
+    def expire(self, *, dry_run: bool, progress: Any, cancelled: Any) -> Any:
+        progress("remove", 1, 2)
+        return self._answer("expire", dry_run=dry_run)
+
+    def hold(self, backup: str, *, keep_until: str | None) -> Any:
+        return self._answer("hold", backup=backup, keep_until=keep_until)
+
+    def release(self, backup: str) -> Any:
+        return self._answer("release", backup=backup)
 
     def run_agent(self, *, stop: Any) -> Any:
         return self._answer("run_agent", stop=stop)

@@ -13,7 +13,15 @@ import pytest
 from dbmodule_cli.commands.list import chain_rows
 
 from dbmodule.ident import BackupId, BackupType
-from dbmodule.reports import BackupDetails, BackupOptions, CheckReport, Finding, RestoreOptions
+from dbmodule.reports import (
+    BackupDetails,
+    BackupOptions,
+    CheckReport,
+    Finding,
+    HoldReport,
+    RestoreOptions,
+    VerifyLevel,
+)
 from tests.cli.conftest import Dbmodule
 from tests.cli.fake_app import DAMAGED, DIFF, FULL, App, backup_report
 
@@ -26,6 +34,9 @@ COMMANDS = {
     "restore": ["restore", "--target", "restored"],
     "verify": ["verify"],
     "synthesize": ["synthesize", DIFF],
+    "expire": ["expire"],
+    "hold": ["hold", FULL],
+    "release": ["release", FULL],
     "run_agent": ["agent"],
     "install_extension": ["extension", "install"],
 }
@@ -139,6 +150,62 @@ def test_verify_options(dbmodule: Dbmodule, app: type[App]) -> None:
     for arguments in ([], ["--all"], [FULL]):
         assert dbmodule("verify", *arguments).code == 0
     assert [arguments["backup"] for _, arguments in app.calls] == [None, None, FULL]
+    assert "PAGES" not in dbmodule("verify").out.upper()
+    app.answers["verify"] = dataclasses.replace(
+        app.answers["verify"], level=VerifyLevel.FULL, pages_checked=7, pages_known_corrupt=2
+    )
+    assert "7 checked, of which 2" in dbmodule("verify", "--level", "full").out
+    levels = [arguments["level"] for _, arguments in app.calls]
+    assert levels == [VerifyLevel.NORMAL] * 4 + [VerifyLevel.FULL]
+
+
+def test_expire_shows_what_becomes_of_each_backup_and_why(
+    dbmodule: Dbmodule, app: type[App]
+) -> None:
+    text = dbmodule("expire").out
+    assert re.search(rf"^{FULL} +removed +no rule keeps it$", text, re.MULTILINE)
+    assert re.search(rf"^{DIFF} +keep +keep_last = 1; held until 2027$", text, re.MULTILINE)
+    assert "1 backups were removed. 1.0 MB are no longer needed" in text
+    report = app.answers["expire"]
+    app.answers["expire"] = dataclasses.replace(report, dry_run=True)
+    text = dbmodule("expire", "--dry-run").out
+    assert re.search(rf"^{FULL} +remove +no rule", text, re.MULTILINE)
+    assert "Nothing was removed" in text
+    assert [arguments["dry_run"] for _, arguments in app.calls] == [False, True]
+    app.answers["expire"] = dataclasses.replace(
+        report, policy={}, decisions=[], removal=None, hint="Set [retention]."
+    )
+    assert "no backup is removed. Set [retention]." in dbmodule("expire").out
+    postponed = dataclasses.replace(report.removal, removed=[], postponed="a backup runs")
+    app.answers["expire"] = dataclasses.replace(report, removal=postponed)
+    text = dbmodule("expire").out
+    assert "Nothing was removed: a backup runs." in text
+    assert re.search(rf"^{FULL} +remove +no rule", text, re.MULTILINE)
+
+
+def test_hold_and_release(dbmodule: Dbmodule, app: type[App]) -> None:
+    assert f"{FULL} is held until it is released." in dbmodule("hold", FULL).out
+    app.answers["hold"] = HoldReport(FULL, "2027-01-01T00:00:00+00:00")
+    assert "until 2027-01-01T" in dbmodule("hold", "latest", "--keep-until", "2026-12-31").out
+    assert "no longer" in dbmodule("release", FULL).out
+    assert [arguments for _, arguments in app.calls] == [
+        {"backup": FULL, "keep_until": None},
+        {"backup": "latest", "keep_until": "2026-12-31"},
+        {"backup": FULL},
+    ]
+
+
+def test_holds_are_shown(dbmodule: Dbmodule, app: type[App]) -> None:
+    assert "HELD" not in dbmodule("list").out
+    app.answers["backups"] = [backup_report(hold="forever"), backup_report(DIFF, FULL)]
+    head, *rows = dbmodule("list").out.splitlines()
+    assert head.endswith("HELD UNTIL")
+    assert [row.endswith("forever") for row in rows] == [True, False]
+    details = app.answers["show"]
+    assert "held until" not in dbmodule("show", DIFF).out
+    held = dataclasses.replace(details.backup, hold="2027-01-01T00:00:00+00:00")
+    app.answers["show"] = dataclasses.replace(details, backup=held)
+    assert re.search("^held until: +2027-01-01T", dbmodule("show", DIFF).out, re.MULTILINE)
 
 
 def test_init(dbmodule: Dbmodule, app: type[App], tmp_path: Path) -> None:

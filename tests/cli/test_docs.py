@@ -84,6 +84,11 @@ def test_the_error_document_is_json() -> None:
         ("backup", reports.BackupReport),
         ("restore", reports.RestoreReport),
         ("verify", reports.VerifyReport),
+        ("expire", reports.RetentionReport),
+        ("expire", reports.RetentionDecision),
+        ("expire", reports.ExpireReport),
+        ("hold", reports.HoldReport),
+        ("release", reports.ReleaseReport),
         ("verify", reports.Damage),
     ],
 )

@@ -172,6 +172,22 @@ def test_a_backup_whose_baseline_is_unknown_is_refused_whole(
     assert db.scalar("SELECT count(*) FROM dbmodule.backup") == 0
 
 
+def test_removed_backups_are_forgotten_dependents_first(db: Database, catalog: SqlCatalog) -> None:
+    incr = BackupId("20260131-235959-incr-1a2b3e")
+    diff = dataclasses.replace(RECORD, backup_id=DIFF, type=BackupType.DIFF, baseline_id=FULL)
+    last = dataclasses.replace(diff, backup_id=incr, type=BackupType.INCR, baseline_id=DIFF)
+    for record in (RECORD, diff, last):
+        catalog.record(record)
+    unknown = BackupId("20200101-000000-full-abcdef")
+    # What is still depended on stays, whoever asks.
+    assert catalog.forget([FULL, DIFF, unknown]) == {unknown}
+    assert db.scalar("SELECT count(*) FROM dbmodule.backup") == 3
+    assert catalog.forget([FULL, DIFF, incr]) == {FULL, DIFF, incr}
+    for table in ("backup", "backup_dependency", "backup_relation", "corrupt_page"):
+        assert db.scalar(f"SELECT count(*) FROM dbmodule.{table}") == 0
+    assert catalog.forget([]) == set()
+
+
 def test_jobs_come_oldest_first_with_what_was_asked(db: Database, queue: SqlJobQueue) -> None:
     db.execute("SELECT backup_full(label => 'first', detect => 'scan')")
     db.execute("SELECT backup_incremental()")
@@ -303,6 +319,7 @@ def test_the_missing_grant_is_named_and_is_enough(db: Database) -> None:
         assert missing_grants(connection) == []
     assert catalog.sees_marks([catalog.leave_mark(FULL, "start")])
     catalog.record(RECORD)
+    assert catalog.forget([RECORD.backup_id]) == {RECORD.backup_id}
     db.execute("SELECT backup_full() FROM generate_series(1, 2)")
     with closing(SqlJobQueue(dsn)) as queue:
         assert queue.become_agent("one")

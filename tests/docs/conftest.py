@@ -9,9 +9,14 @@ from pathlib import Path
 import pytest
 
 from dbmodule.app import App
+from dbmodule.compaction import mostly_dead, rewrite
 from dbmodule.config import Config, RepositorySection, ServerSection
 from dbmodule.ident import BackupType
 from dbmodule.reports import BackupOptions, RestoreOptions
+from dbmodule.repository.pack import name_of
+from dbmodule.repository.repository import Repository
+from dbmodule.repository.usage import Usage
+from dbmodule.storage import LocalStore
 from tests.fix_cluster import ClusterFactory, Clusters
 
 
@@ -62,6 +67,22 @@ def chain_app(workshop: Path, make_module_cluster: ClusterFactory, clusters: Clu
 def long_chain(workshop: Path, chain_app: App) -> tuple[Path, list[str]]:
     """The repository, and its backups from the full down."""
     return workshop / "repository", chain_app.show("latest").chain
+
+
+@pytest.fixture(scope="module")
+def moved_chain(workshop: Path, long_chain: tuple[Path, list[str]]) -> Path:
+    """A copy of the repository in which every frame was moved to another pack."""
+    copy = workshop / "moved"
+    shutil.copytree(long_chain[0], copy)
+    repository = Repository.open(LocalStore(copy))
+    usage = Usage(repository)
+    for manifest in repository.manifests("main").values():
+        usage.add(manifest, every_frame=True)
+    packs = mostly_dead(repository, usage, 2.0, ())
+    rewrite(repository, usage, packs, before_write=lambda: None, progress=lambda done, total: None)
+    for ref in packs:
+        repository.store.delete(name_of(ref.pack))
+    return copy
 
 
 @pytest.fixture(scope="module")

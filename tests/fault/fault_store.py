@@ -1,7 +1,8 @@
 """Object stores that fail on purpose, wrapped around a real one.
 
-`FaultStore` fails at the Nth write: before, in the middle of or after it, for once or from then
-on, or by killing the process. `DamagedStore` shows some objects otherwise than they are stored.
+`FaultStore` fails at the Nth write or removal: before, in the middle of or after it, for once or
+from then on, or by killing or stopping the process. `DamagedStore` shows some
+objects otherwise than they are stored.
 The store behind is never harmed, except by what a failed or killed write leaves in it.
 """
 
@@ -32,13 +33,28 @@ class Fault(StrEnum):
     KILL_WITHIN = "kill-within"
     """The process dies when a part of the bytes is written."""
     KILL_AFTER = "kill-after"
+    STOP_BEFORE = "stop-before"
+    """The process stops, and goes on with it when it is continued."""
 
 
 class FaultStore:
-    """`ports.ObjectStore` whose write number `at`, counted from 1, goes wrong; 0 never does."""
+    """`ports.ObjectStore` whose write number `at`, counted from 1, goes wrong; 0 never does.
 
-    def __init__(self, store: ObjectStore, at: int = 0, fault: Fault = Fault.BEFORE) -> None:
+    Only names that begin with `only` count, and removals if they are asked for.
+    """
+
+    def __init__(
+        self,
+        store: ObjectStore,
+        at: int = 0,
+        fault: Fault = Fault.BEFORE,
+        *,
+        only: str = "",
+        removals: bool = False,
+    ) -> None:
         self._store = store
+        self._only = only
+        self._removals = removals
         self._at = at
         self._fault = fault
         self._lock = threading.Lock()
@@ -50,11 +66,17 @@ class FaultStore:
         """Has the fault happened?"""
         return 0 < self._at <= len(self.writes)
 
-    def put_new(self, name: str, chunks: Iterable[Buffer]) -> int:
+    def _count(self, name: str) -> bool:
+        """Does what is done to this object now go wrong?"""
+        if not name.startswith(self._only):
+            return False
         with self._lock:
             self.writes.append(name)
             number = len(self.writes)
-        if number == self._at or (self._fault is Fault.FULL and self.struck):
+        return number == self._at or (self._fault is Fault.FULL and self.struck)
+
+    def put_new(self, name: str, chunks: Iterable[Buffer]) -> int:
+        if self._count(name):
             match self._fault:
                 case Fault.BEFORE:
                     raise RepositoryError(f"cannot write {name}: the wire was cut")
@@ -72,6 +94,8 @@ class FaultStore:
                     with suppress(ObjectExistsError):
                         self._store.put_new(name, chunks)
                     _die()
+                case Fault.STOP_BEFORE:
+                    os.kill(os.getpid(), signal.SIGSTOP)
         return self._store.put_new(name, chunks)
 
     def get(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
@@ -84,6 +108,20 @@ class FaultStore:
         return self._store.list(prefix)
 
     def delete(self, name: str) -> None:
+        if self._removals and self._count(name):
+            match self._fault:
+                case Fault.BEFORE | Fault.FULL:
+                    raise RepositoryError(f"cannot delete {name}: the wire was cut")
+                case Fault.AFTER:
+                    self._store.delete(name)
+                    raise RepositoryError(f"cannot delete {name}: no answer")
+                case Fault.KILL_BEFORE | Fault.KILL_WITHIN:
+                    _die()
+                case Fault.KILL_AFTER:
+                    self._store.delete(name)
+                    _die()
+                case Fault.STOP_BEFORE:
+                    os.kill(os.getpid(), signal.SIGSTOP)
         self._store.delete(name)
 
 

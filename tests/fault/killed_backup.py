@@ -1,6 +1,7 @@
 """One backup in a process of its own, which is killed at its Nth write: see `fault_store`.
 
-Arguments: repository directory, data directory, backup type, N, kind of fault, bytes of a pack.
+Arguments: repository directory, data directory, backup type, N, kind of fault, bytes of a pack, and
+what the names begin with that count.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from tests.fault.mini import back_up
 
 
 def main() -> None:
-    repository, root, kind, at, fault, pack_bytes = sys.argv[1:]
+    repository, root, kind, at, fault, pack_bytes, only = sys.argv[1:]
     FrameWriter.PACK_BYTES = int(pack_bytes)
-    store = FaultStore(LocalStore(Path(repository)), int(at), Fault(fault))
+    store = FaultStore(LocalStore(Path(repository)), int(at), Fault(fault), only=only)
     back_up(store, Path(root), BackupType(kind))
 
 

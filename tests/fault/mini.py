@@ -7,7 +7,7 @@ bytes; no server could start on it. So faults can be planted by the hundred.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,17 +16,28 @@ from dbmodule import controlfile, page, wal
 from dbmodule.backup.run import take_backup
 from dbmodule.backup.steps import Environment
 from dbmodule.datafile import Kind, classify
+from dbmodule.expire import expire
 from dbmodule.ident import PAGE_SIZE, BackupId, BackupType
 from dbmodule.manifest import Manifest
 from dbmodule.pgdata.source import LocalDataDirectory
 from dbmodule.pgdata.target import LocalTargetDirectory, staged_name
 from dbmodule.ports import ObjectStore, never_cancelled, no_progress
-from dbmodule.reports import BackupOptions, RestoreReport, VerifyReport
+from dbmodule.processes import LocalProcesses
+from dbmodule.reports import (
+    BackupOptions,
+    ExpireReport,
+    RestoreReport,
+    VerifyLevel,
+    VerifyReport,
+)
+from dbmodule.repository.locks import LockTiming
 from dbmodule.repository.repository import Repository
 from dbmodule.restore.run import RestoreRequest, restore
 from dbmodule.verify import verify
 
 CLUSTER = "main"
+AT_ONCE = LockTiming(beat=60, expiry=0)
+"""Nobody is waited for, and what is condemned may go at once."""
 RELATION = "base/1/1259"
 _WHOLE = ("PG_VERSION", "global/pg_control", "global/pg_filenode.map", "pg_xact/0000")
 _DATABASE = ("PG_VERSION", "pg_filenode.map", "1259", "1259_fsm", "1259_vm")
@@ -47,14 +58,14 @@ def make_mini(source: Path, root: Path) -> None:
     (root / "pg_logical" / "mappings").mkdir(parents=True)
 
 
-def change_pages(root: Path, path: str, blocks: list[int], word: int) -> None:
+def change_pages(root: Path, path: str, blocks: list[int], word: int, first_block: int = 0) -> None:
     """Give pages of a relation another content, and the checksum that belongs to it."""
     with (root / path).open("r+b") as file:
         for block in blocks:
             file.seek(block * PAGE_SIZE)
             data = bytearray(file.read(PAGE_SIZE))
             data[20:24] = word.to_bytes(4, "little")  # pd_prune_xid: a hint
-            data[8:10] = page.compute_checksums(data, block).astype("<u2").tobytes()
+            data[8:10] = page.compute_checksums(data, first_block + block).astype("<u2").tobytes()
             file.seek(block * PAGE_SIZE)
             file.write(data)
 
@@ -68,10 +79,13 @@ def change_state(root: Path, step: int) -> None:
     (root / f"new.{step - 1}").unlink(missing_ok=True)
 
 
-def back_up(store: ObjectStore, root: Path, kind: BackupType) -> Manifest:
+def back_up(
+    store: ObjectStore, root: Path, kind: BackupType, timing: LockTiming | None = None
+) -> Manifest:
     """One offline backup of the data directory at `root`."""
+    repository = Repository.open(store)
     environment = Environment(
-        repository=Repository.open(store),
+        repository=repository,
         cluster=CLUSTER,
         directory=LocalDataDirectory(root),
         server=None,
@@ -81,6 +95,7 @@ def back_up(store: ObjectStore, root: Path, kind: BackupType) -> Manifest:
         host="",
         threads=2,
         compression_level=1,
+        locks=repository.locks(LocalProcesses(), timing),
     )
     options = BackupOptions(kind, offline=True)
     return take_backup(
@@ -88,11 +103,33 @@ def back_up(store: ObjectStore, root: Path, kind: BackupType) -> Manifest:
     ).manifest
 
 
-def verify_all(store: ObjectStore) -> VerifyReport:
+def run_expire(
+    store: ObjectStore,
+    remove: Iterable[BackupId],
+    *,
+    grace: float = 0.0,
+    timing: LockTiming = AT_ONCE,
+    dry_run: bool = False,
+) -> ExpireReport:
+    repository = Repository.open(store)
+    return expire(
+        repository,
+        CLUSTER,
+        set(remove),
+        locks=repository.locks(LocalProcesses(), timing),
+        grace=grace,
+        dry_run=dry_run,
+        progress=no_progress,
+        cancelled=never_cancelled,
+    )
+
+
+def verify_all(store: ObjectStore, level: VerifyLevel = VerifyLevel.NORMAL) -> VerifyReport:
     return verify(
         Repository.open(store),
         CLUSTER,
         None,
+        level=level,
         threads=1,
         progress=no_progress,
         cancelled=never_cancelled,
@@ -111,6 +148,10 @@ def restore_to(store: ObjectStore, backup: BackupId, target: Path) -> RestoreRep
         progress=no_progress,
         cancelled=never_cancelled,
     )
+
+
+def random_bytes(count: int) -> bytes:
+    return np.random.default_rng(count).bytes(count)
 
 
 def contents(root: Path) -> dict[str, bytes]:

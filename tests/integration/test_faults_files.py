@@ -19,6 +19,7 @@ from dbmodule.pgdata.source import LocalDataDirectory, host_boot_id
 from dbmodule.ports import never_cancelled, no_progress
 from dbmodule.postgres.cluster import LocalCluster
 from dbmodule.postgres.server import PsycopgServer
+from dbmodule.processes import LocalProcesses
 from dbmodule.reports import BackupOptions
 from tests.fault.changing import ChangingDirectory, Once, OnOpen, OnRead
 from tests.fix_backup import Site, SiteFactory
@@ -49,8 +50,9 @@ def back_up(
         identity = server.identify()
         version = tablespace_version_directory(identity.major, identity.catalog_version)
         directory = LocalDataDirectory(site.cluster.datadir, version)
+        repository = site.repository()
         environment = Environment(
-            repository=site.repository(),
+            repository=repository,
             cluster="main",
             directory=ChangingDirectory(directory, before=before, after=after, on_read=on_read),
             server=server,
@@ -60,6 +62,7 @@ def back_up(
             host="",
             threads=2,
             compression_level=1,
+            locks=repository.locks(LocalProcesses()),
         )
         return take_backup(
             environment,

@@ -13,6 +13,7 @@ from dbmodule.chain import chain_of
 from dbmodule.errors import CancelledError, RepositoryError, UsageError
 from dbmodule.ident import BackupId
 from dbmodule.ports import never_cancelled, no_progress
+from dbmodule.processes import LocalProcesses
 from dbmodule.registry import EntryFlag, EntryKind
 from dbmodule.repository.chainview import ChainView
 from dbmodule.repository.repository import Repository
@@ -127,6 +128,7 @@ def test_a_failure_at_any_write_harms_nothing(make_site: SiteFactory, fault: Fau
             None,
             "main",
             diff,
+            locks=repository.locks(LocalProcesses()),
             compression_level=1,
             progress=no_progress,
             cancelled=never_cancelled,

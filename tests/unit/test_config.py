@@ -6,6 +6,7 @@ import os
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from zoneinfo import ZoneInfo
 
 import pytest
 from hypothesis import given
@@ -23,6 +24,7 @@ from dbmodule.config import (
     render_toml,
 )
 from dbmodule.errors import UsageError
+from dbmodule.retention import Policy
 
 MINIMAL = '[repository]\nurl = "/backups"\n'
 
@@ -99,6 +101,10 @@ def test_the_search_for_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         (MINIMAL + 'cluster = "a/b"', "repository.cluster: string should match", ""),
         (MINIMAL + "compression_level = 20", "repository.compression_level: input", ""),
         (MINIMAL + "[backup]\nthreads = 0", "backup.threads: input should be greater", ""),
+        (MINIMAL + "[retention]\nkeep_last = 0", "retention.keep_last: input", ""),
+        (MINIMAL + "[retention]\nkeep_fulls = 1", "retention.keep_fulls: unknown", "keep_chains"),
+        (MINIMAL + '[retention]\ntimezone = "Mars"', "retention.timezone: is not a time zone", ""),
+        (MINIMAL + '[retention]\ntimezone = "../x"', "retention.timezone: is not a time zone", ""),
         (MINIMAL + "[agent]\npoll_seconds = nan", "agent.poll_seconds: input", ""),
         (MINIMAL + '[server]\npgdata = "data"', "server.pgdata: must be an absolute path", ""),
     ],
@@ -206,9 +212,11 @@ def test_only_what_was_set_is_rendered_as_a_setting(file: Path) -> None:
         "server": {},
         "repository": {"url": "/backups"},
         "backup": {},
+        "retention": {},
         "agent": {},
     }
     assert "\n# threads = " in rendered
+    assert "\n# keep_days = 7\n" in rendered
 
 
 def test_the_documented_example_is_valid(file: Path) -> None:
@@ -225,6 +233,19 @@ def test_every_key_is_documented() -> None:
         for key in field.annotation.model_fields:
             assert f"`{key}`" in page, f"{section}.{key}"
             assert f"`DBMODULE_{section.upper()}__{key.upper()}`" in page
+
+
+def test_a_policy_is_read_from_file_and_environment(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert load_config(file).retention.policy() == Policy()
+    file.write_text(MINIMAL + '[retention]\nkeep_last = 3\ntimezone = "Europe/Berlin"\n')
+    monkeypatch.setenv("DBMODULE_RETENTION__KEEP_LAST", "4")
+    monkeypatch.setenv("DBMODULE_RETENTION__KEEP_YEARLY", "10")
+    policy = load_config(file).retention.policy()
+    assert policy == Policy(keep_last=4, keep_yearly=10, zone=ZoneInfo("Europe/Berlin"))
+    file.write_text(render_toml(load_config(file)))
+    assert load_config(file).retention.policy() == policy
 
 
 def test_options_of_an_object_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

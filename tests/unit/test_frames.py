@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from dbmodule.delta import FRAME_BYTES, FRAME_PAGES, Refs
 from dbmodule.errors import (
     CorruptObjectError,
-    ObjectExistsError,
     ObjectMissingError,
     RepositoryError,
 )
@@ -26,7 +25,7 @@ from dbmodule.repository.index import PackRef
 from dbmodule.repository.pack import PackId, name_of
 from dbmodule.repository.writer import FrameWriter
 from dbmodule.storage import MemoryStore
-from tests.unit.strategies import KEY, chunk, quick, random_bytes, writer
+from tests.unit.strategies import KEY, LEVEL, chunk, quick, random_bytes, writer
 
 
 @pytest.fixture
@@ -193,31 +192,42 @@ def test_packs_roll_over_when_they_are_full(
     again.close()
 
 
-def test_a_rerun_without_an_index_writes_the_same_packs() -> None:
-    names = []
-    store = MemoryStore()
-    for _ in range(2):
-        for name in list(store.list("index/")):
-            store.delete(name)
-        frames = writer(store)
-        put(frames, chunk(1) + chunk(2))
-        packs = frames.flush()
-        root = frames.store_root(b"root")
-        frames.close()
-        names.append((packs, root, list(store.list(""))))
-    assert names[0] == names[1]
-
-
-def test_another_object_under_a_packs_name_is_an_error(frames: FrameWriter) -> None:
+def test_what_is_to_be_avoided_is_stored_again(store: MemoryStore, frames: FrameWriter) -> None:
     put(frames, chunk(1))
-    (expected,) = frames.flush()
-    store = MemoryStore()
-    store.put_new(name_of(expected.pack), [b"something else"])
-    other = writer(store)
-    put(other, chunk(1))
-    with pytest.raises(ObjectExistsError):
-        other.flush()
-    other.close()
+    (pack,) = frames.flush()
+    frames.store_root(b"root")
+    second = FrameWriter(store, KEY, FrameReader(store, KEY), LEVEL, avoid={pack.pack})
+    put(second, chunk(1))
+    (again,) = second.flush()
+    assert again.pack != pack.pack
+    assert second.store_root(b"root").pack != frames.store_root(b"root").pack
+    second.close()
+
+
+def test_nothing_condemned_may_be_referred_to(store: MemoryStore, frames: FrameWriter) -> None:
+    put(frames, chunk(1))
+    (pack,) = frames.flush()
+    condemned: set[PackId] = set()
+    second = FrameWriter(store, KEY, FrameReader(store, KEY), LEVEL, condemned=lambda: condemned)
+    put(second, chunk(1))
+    second.flush()
+    second.check_references()
+    condemned.add(pack.pack)
+    with pytest.raises(RepositoryError, match="was condemned"):
+        second.check_references()
+    second.close()
+
+
+def test_the_index_is_written_while_a_run_goes_on(
+    store: MemoryStore, frames: FrameWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that the next run finds what this one has stored, if it is killed; but not too often."""
+    monkeypatch.setattr(FrameWriter, "PACK_BYTES", 1)
+    for number in range(200):
+        put(frames, chunk(number))
+    frames.flush()
+    segments = list(store.list("index/"))
+    assert 20 < len(segments) < 80
 
 
 def test_references_are_checked_before_a_commit(store: MemoryStore, frames: FrameWriter) -> None:

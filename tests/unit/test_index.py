@@ -14,7 +14,14 @@ from dbmodule.repository import index
 from dbmodule.repository.frames import FrameReader
 from dbmodule.repository.index import Hit, PackRef, check, encode
 from dbmodule.repository.lookup import ContentIndex
-from dbmodule.repository.pack import ENCODING_RAW, Footer, PackBuilder, keyed, name_of
+from dbmodule.repository.pack import (
+    ENCODING_RAW,
+    Footer,
+    PackBuilder,
+    keyed,
+    name_of,
+    open_whole,
+)
 from dbmodule.storage import MemoryStore
 from tests.unit.strategies import KEY, chunk, random_bytes, writer
 
@@ -272,7 +279,8 @@ def test_a_wrong_entry_costs_only_space(entry: dict[str, int], pack: dict[str, i
 
 def test_a_wrong_size_is_noticed_though_the_footer_is_at_hand() -> None:
     store = segment_with({}, {"footer": 9})
-    footer = pack_of([[chunk(1)], [chunk(2)]])
+    (name,) = store.list("packs/")
+    footer = open_whole(name, memoryview(store.get(name)), KEY)
     frames = writer(store)
     frames._reader.footer(ref_of(footer))
     data = chunk(1)

@@ -273,11 +273,10 @@ def test_two_runs_may_merge_at_once() -> None:
 
 
 def test_a_damaged_segment_is_left_for_verify_and_the_others_are_merged() -> None:
-    sample, _ = filled(3, 200)
-    damaged = segments_in(sample)[1]
-    size = sample.size(damaged)
+    full, known = filled(3, 200)
+    damaged = max(segments_in(full), key=full.size)
+    size = full.size(damaged)
     for at in [0, 9, 30, 60, 70, 95, 100, 130, 150, 200, size // 2, size - 40, size - 1]:
-        full, known = filled(3, 200)
         store = MemoryStore()
         for name in full.list(""):
             data = bytearray(full.get(name))
@@ -297,7 +296,7 @@ def test_a_damaged_segment_is_left_for_verify_and_the_others_are_merged() -> Non
 @pytest.mark.parametrize("length", [0, 20, 56, 100, 200, 1000, 7000])
 def test_a_segment_cut_short_is_left_out(length: int) -> None:
     store, _ = filled(3, 300)
-    damaged = segments_in(store)[1]
+    damaged = max(segments_in(store), key=store.size)
     data = store.get(damaged)
     assert length < len(data)
     store.delete(damaged)

@@ -29,8 +29,10 @@ def _show(printer: Printer, backups: Sequence[BackupReport]) -> None:
     if not backups:
         printer.line("no backups yet; take one with: dbmodule backup full")
         return
+    held = any(backup.hold for backup in backups)
+    columns = ("backup", "type", "status", "age", "pages", "changed", "stored", "took", "label")
     printer.table(
-        ("backup", "type", "status", "age", "pages", "changed", "stored", "took", "label"),
+        (*columns, "held until") if held else columns,
         [
             (
                 (guide if printer.draws_trees else "") + backup.backup_id,
@@ -42,6 +44,7 @@ def _show(printer: Printer, backups: Sequence[BackupReport]) -> None:
                 humane.size(backup.bytes_stored),
                 humane.span(backup.seconds),
                 backup.label,
+                *([backup.hold or ""] if held else []),
             )
             for guide, backup in chain_rows(backups)
         ],

@@ -30,6 +30,7 @@ def _show(printer: Printer, details: BackupDetails) -> None:
         [
             ("chain", " <- ".join(details.chain)),
             ("needed by", ", ".join(details.dependents) or "no other backup"),
+            *([("held until", details.backup.hold)] if details.backup.hold else []),
             ("manifest", details.manifest_hash),
             *((f"tablespace {oid}", path) for oid, path in details.tablespaces.items()),
         ]
