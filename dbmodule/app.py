@@ -11,8 +11,9 @@ from collections.abc import Collection, Mapping
 from contextlib import ExitStack, closing
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from dbmodule import doctor, listing, pruning, setup, verify
+from dbmodule import doctor, listing, pruning, setup, unlock, verify
 from dbmodule.agent import Agent, AgentTiming
 from dbmodule.backup.run import take_backup
 from dbmodule.backup.steps import Environment, read_control_file
@@ -42,6 +43,9 @@ from dbmodule.reports import (
     DryRunReport,
     HoldReport,
     InitReport,
+    KeyInfo,
+    KeyRotation,
+    NewKey,
     ReleaseReport,
     RestoreOptions,
     RestoreReport,
@@ -53,7 +57,9 @@ from dbmodule.repository.holds import place_hold, read_holds, release_holds
 from dbmodule.repository.repository import Repository
 from dbmodule.restore.run import RestoreRequest, restore
 from dbmodule.retention import Hold
-from dbmodule.storage import DryStore, open_store
+
+if TYPE_CHECKING:
+    from dbmodule.repository.keys import Keyring
 
 log = logging.getLogger(__name__)
 
@@ -339,6 +345,35 @@ class App:
         holds = read_holds(repository, self._config.repository.cluster)
         return pruning.holds_in_force(holds, datetime.now(UTC))
 
+    # -- master keys ----------------------------------------------------------------------------
+
+    def keys(self) -> list[KeyInfo]:
+        """The master keys of an encrypted repository."""
+        return self._keyring().listed()
+
+    def add_key(self, source: NewKey, *, label: str = "") -> KeyInfo:
+        """Let one more master key open the repository."""
+        return self._keyring().add(unlock.new_secret(source), label)
+
+    def rotate_key(self, source: NewKey, *, label: str = "") -> KeyRotation:
+        """Put another master key in the place of the configured one, which is revoked."""
+        keyring = self._keyring()
+        revoked = keyring.key_id
+        return KeyRotation(keyring.rotate(unlock.new_secret(source), label), revoked)
+
+    def revoke_key(self, key_id: str) -> None:
+        """Keep another master key than the configured one from opening the repository."""
+        self._keyring().revoke(key_id)
+
+    def _keyring(self) -> Keyring:
+        repository = self._repository()
+        if repository.vault is None:
+            raise UsageError(
+                f"the repository at {repository.store.url} is not encrypted, and has no keys",
+                hint="Only a new repository can be encrypted: `dbmodule init --key-file FILE`.",
+            )
+        return repository.vault.keyring
+
     # -- agent ----------------------------------------------------------------------------------
 
     def run_agent(self, *, stop: threading.Event) -> None:
@@ -368,8 +403,7 @@ class App:
     # -- parts ----------------------------------------------------------------------------------
 
     def _repository(self, *, dry: bool = False) -> Repository:
-        store = open_store(self._config.repository.url, self._config.repository.options)
-        return Repository.open(DryStore(store) if dry else store)
+        return unlock.open_repository(self._config, dry=dry)
 
     def _catalog_if_reachable(self) -> SqlCatalog | None:
         """For work inside the repository, which goes on when the database is lost."""

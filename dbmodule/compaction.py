@@ -21,6 +21,8 @@ from dbmodule.repository.writer import FrameWriter
 
 _SMALLEST_FOOTER = 48
 _SMALLEST_ENTRY = 44
+_READ = 8 << 20
+_GAP = 256 << 10
 
 
 def mostly_dead(
@@ -88,16 +90,16 @@ def rewrite(
 
     for number, ref in enumerate(packs):
         footer = repository.frames.footer(ref)
-        for frame in usage.frames[ref.pack].tolist():
-            try:
-                stored = repository.frames.stored(ref, frame)
-            except (CorruptObjectError, ObjectMissingError):
-                damaged.add(number)
-                break
-            target = _add(copying.builder, footer, frame, stored)
-            copying.frames.append((number, frame, target))
-            if copying.builder.size >= FrameWriter.PACK_BYTES:
-                seal()
+        live = usage.frames[ref.pack].tolist()
+        try:
+            for frame, stored in repository.frames.stored_frames(ref, live, _READ, _GAP):
+                # A copy: else a few frames would keep all that was read in memory.
+                target = _add(copying.builder, footer, frame, bytes(stored))
+                copying.frames.append((number, frame, target))
+                if copying.builder.size >= FrameWriter.PACK_BYTES:
+                    seal()
+        except (CorruptObjectError, ObjectMissingError):
+            damaged.add(number)
         progress(number + 1, len(packs))
     seal()
     written = sum(footer.object_size for footer in footers)

@@ -15,10 +15,18 @@ import tomllib
 from collections.abc import Mapping
 from datetime import UTC, tzinfo
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 from pydantic_settings import (
     BaseSettings,
@@ -99,6 +107,33 @@ class RepositorySection(_Section):
     compression_level: int = Field(
         default=1, ge=1, le=19, description="zstd level, 1 (fast) to 19."
     )
+    key_file: Path | None = Field(
+        default=None, description="File with the master key of an encrypted repository."
+    )
+    key_command: str = Field(
+        default="",
+        repr=False,
+        description="Command that prints the master key, instead of a file; run without a shell.",
+    )
+    key: SecretStr | None = Field(
+        default=None,
+        repr=False,
+        exclude=True,
+        description="The master key itself; in the environment only.",
+    )
+
+    @field_validator("key_file")
+    @classmethod
+    def _absolute(cls, value: Path | None) -> Path | None:
+        if value is not None and not value.is_absolute():
+            raise ValueError("must be an absolute path")
+        return value
+
+    @model_validator(mode="after")
+    def _one_key(self) -> Self:
+        if self.key_file is not None and self.key_command:
+            raise ValueError("key_file and key_command are both set: choose one")
+        return self
 
 
 class BackupSection(_Section):
@@ -227,6 +262,7 @@ def load_config(
     """
     path = config_path(explicit)
     in_file = {} if path is None or (missing_ok and not path.exists()) else _read_file(path)
+    _refuse_secrets(in_file, path)
     in_environment = _read_environment()
     merged: dict[str, Any] = dict(in_file)
     for source in (in_environment, overrides or {}):
@@ -248,6 +284,8 @@ def render_toml(config: Config) -> str:
         values: _Section = getattr(config, section)
         lines = [f"# {type(values).__doc__}", f"[{section}]"]
         for key, field in type(values).model_fields.items():
+            if field.exclude:
+                continue
             value = getattr(values, key)
             shown = field.examples[0] if value is None and field.examples else value
             lines.append(f"# {field.description}")
@@ -284,6 +322,16 @@ def _read_file(path: Path) -> dict[str, Any]:
         raise UsageError(
             f"{path} is not valid TOML: {error}", hint="Correct the file; text goes in quotes."
         ) from None
+
+
+def _refuse_secrets(in_file: Mapping[str, Any], path: Path | None) -> None:
+    """A master key in the clear does not belong where the rest of the configuration is."""
+    section = in_file.get("repository")
+    if isinstance(section, dict) and "key" in section:
+        raise UsageError(
+            f"{path}: repository.key: a master key must not stand in the configuration",
+            hint="Put it into a file of its own, mode 0600, and name that with key_file.",
+        )
 
 
 def _read_environment() -> dict[str, dict[str, Any]]:

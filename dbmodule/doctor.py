@@ -18,9 +18,9 @@ from dbmodule.ports import ServerIdentity
 from dbmodule.postgres import extension
 from dbmodule.postgres.server import FREE_A_SLOT, PsycopgServer
 from dbmodule.reports import CheckReport, Finding
-from dbmodule.repository.repository import Repository
 from dbmodule.storage import open_store
 from dbmodule.storage.probe import check_exclusive
+from dbmodule.unlock import open_repository
 
 _ORDER = ("ok", "warning", "error")
 
@@ -121,10 +121,13 @@ def _directory(root: Path, identity: ServerIdentity) -> Iterator[Finding]:
 
 def _repository(config: Config) -> Iterator[Finding]:
     store = open_store(config.repository.url, config.repository.options)
-    repository = Repository.open(store)
+    repository = open_repository(config)
     backups = repository.backup_ids(config.repository.cluster)
     check_exclusive(store)
     yield Finding("repository", "ok", f"{store.url}, {len(backups)} backups of this cluster")
+    if repository.vault is not None:
+        keys = len(repository.vault.keyring.key_ids())
+        yield Finding("encryption", "ok", f"on, {keys} master key{'s' if keys > 1 else ''}")
 
 
 def _catalog(config: Config) -> Iterator[Finding]:

@@ -13,7 +13,8 @@
     │   ├── ObjectExistsError       put-if-absent found the name taken
     │   ├── ObjectMissingError      no object of that name
     │   ├── CorruptObjectError      an object's bytes are not those that were written
-    │   └── FormatVersionError      written by a newer or unknown version
+    │   ├── FormatVersionError      written by a newer or unknown version
+    │   └── MasterKeyError          encrypted, and no key or not the right one was given
     ├── SourceError              6  the data directory cannot be read
     ├── ServerError              6  the server is unreachable, or refused
     ├── LockedError              7  another run is at work
@@ -96,6 +97,10 @@ class CorruptObjectError(RepositoryError):
 
 class FormatVersionError(RepositoryError):
     code = "format_version"
+
+
+class MasterKeyError(RepositoryError):
+    code = "master_key"
 
 
 class SourceError(DbmoduleError):

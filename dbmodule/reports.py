@@ -280,6 +280,7 @@ class InitReport:
     repository: str
     repository_id: str
     repository_created: bool
+    encrypted: bool
     cluster: str
     system_identifier: str
     server_version: str
@@ -287,3 +288,35 @@ class InitReport:
     """``created``, ``present``, ``skipped`` or ``failed: …``."""
     findings: list[Finding]
     next_command: str
+
+
+@dataclass(frozen=True, slots=True)
+class KeyInfo:
+    """A master key of an encrypted repository; the key itself is nowhere."""
+
+    key_id: str
+    kind: str
+    """``key`` or ``passphrase``."""
+    label: str
+    created_at: str
+    current: bool
+    """Was the repository opened with it?"""
+    problem: str = ""
+    """Why nothing else is known of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class KeyRotation:
+    added: KeyInfo
+    revoked: str
+    """Id of the master key that was in use until then."""
+
+
+@dataclass(frozen=True, slots=True)
+class NewKey:
+    """Where a further master key comes from; exactly one of the two is set."""
+
+    file: Path | None = None
+    """Made, with a random key, if it does not exist."""
+    command: str = ""
+    """Prints the key; run without a shell."""

@@ -6,7 +6,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from dbmodule import doctor
+from dbmodule import doctor, unlock
 from dbmodule.config import Config, load_config, render_toml
 from dbmodule.errors import (
     DbmoduleError,
@@ -37,18 +37,31 @@ def init(config: Config, *, config_path: Path, with_extension: bool) -> InitRepo
             update={"server": config.server.model_copy(update={"pgdata": pgdata})}
         )
     keep_apart(config.repository.url, config.server.pgdata or Path(identity.data_directory))
-    store = open_store(config.repository.url, config.repository.options)
-    check_exclusive(store)
-    created = True
-    try:
-        repository = Repository.create(store)
-    except ObjectExistsError:
-        created = False
-        repository = Repository.open(store)
-    repository.bind(config.repository.cluster, identity.system_identifier)
     findings = [
         Finding("privileges", "error", "a privilege is missing", statement) for statement in grants
     ]
+    store = open_store(config.repository.url, config.repository.options)
+    check_exclusive(store)
+    created = not Repository.exists(store)
+    if created:
+        key_file = config.repository.key_file
+        if key_file is not None and config.repository.key is None and not key_file.exists():
+            unlock.make_key_file(key_file)
+            findings.append(
+                Finding(
+                    "master key",
+                    "warning",
+                    f"a new one was written to {key_file}",
+                    "Keep a copy where neither the server nor the repository is: without it"
+                    " nobody can read the backups.",
+                )
+            )
+        try:
+            Repository.create(store, unlock.master_secret(config.repository))
+        except ObjectExistsError:
+            created = False
+    repository = unlock.open_repository(config)
+    repository.bind(config.repository.cluster, identity.system_identifier)
     made = "skipped"
     if with_extension:
         try:
@@ -63,6 +76,7 @@ def init(config: Config, *, config_path: Path, with_extension: bool) -> InitRepo
         repository=store.url,
         repository_id=repository.id,
         repository_created=created,
+        encrypted=repository.vault is not None,
         cluster=config.repository.cluster,
         system_identifier=str(identity.system_identifier),
         server_version=identity.version,

@@ -13,11 +13,13 @@ gone without a backup that depends on it.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -51,6 +53,9 @@ from dbmodule.repository.repository import (
 )
 from dbmodule.repository.tables import FileEntry
 from dbmodule.repository.usage import Usage
+
+if TYPE_CHECKING:
+    from dbmodule.repository.vault import Vault
 
 SOUND = "sound"
 DAMAGED = "damaged"
@@ -224,6 +229,8 @@ def _check_other_documents(repository: Repository, cluster: str, findings: _Find
             return store.size(name)
 
         findings.check(name, read_held)
+    if repository.vault is not None:
+        _check_vault(repository.vault, findings)
 
 
 def _check_index(repository: Repository, findings: _Findings) -> set[pack.PackId] | None:
@@ -240,6 +247,16 @@ def _check_index(repository: Repository, findings: _Findings) -> set[pack.PackId
 
         findings.check(name, read_index)
     return indexed if len(findings.damage) == before else None
+
+
+def _check_vault(vault: Vault, findings: _Findings) -> None:
+    """Master keys, as far as can be told without them, and objects that do not belong there."""
+    for key_id in vault.keyring.key_ids():
+        findings.check(f"keys/{key_id}.json", functools.partial(vault.keyring.check, key_id))
+    findings.damage += [
+        Damage(name, "is no object of this repository: it was renamed, or put there")
+        for name in vault.store.strangers()
+    ]
 
 
 def _check_packs(

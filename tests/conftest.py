@@ -7,6 +7,7 @@ pytest_plugins = [
     "tests.fix_cluster",
     "tests.fix_backup",
     "tests.fix_scene",
+    "tests.fix_encryption",
     "tests.fix_s3",
     "tests.fix_azure",
 ]

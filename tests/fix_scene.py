@@ -16,8 +16,10 @@ from pathlib import Path
 import pytest
 
 from dbmodule.ident import BackupId, BackupType
+from dbmodule.ports import ObjectStore
 from dbmodule.repository.locks import LockTiming
 from dbmodule.repository.repository import Repository
+from dbmodule.repository.secret import Secret
 from dbmodule.repository.writer import FrameWriter
 from dbmodule.storage import LocalStore
 from tests.fault import mini
@@ -31,14 +33,14 @@ REPOSITORY_ROOT = Path(__file__).parents[1]
 class Scene:
     """A mini cluster and its repository, with what each committed backup must restore to."""
 
-    def __init__(self, source: Path, base: Path) -> None:
+    def __init__(self, source: Path, base: Path, secret: Secret | None = None) -> None:
         self.root = base / "data"
         self.base = base
-        self.store = LocalStore(base / "repo")
+        self.store: ObjectStore = LocalStore(base / "repo")
         self.known: dict[BackupId, dict[str, bytes]] = {}
         self._restores = 0
         mini.make_mini(source, self.root)
-        Repository.create(self.store)
+        Repository.create(self.store, secret)
 
     def back_up(
         self,
@@ -53,7 +55,7 @@ class Scene:
 
     def check(self) -> None:
         """Exactly the committed backups are listed, all are sound, the last one restores."""
-        listed = Repository.open(self.store).backup_ids(mini.CLUSTER)
+        listed = mini.opened(self.store).backup_ids(mini.CLUSTER)
         assert set(listed) == set(self.known)
         report = mini.verify_all(self.store)
         assert (report.status, report.damage) == ("sound", [])
@@ -67,17 +69,22 @@ class Scene:
         expected = self.known[backup]
         assert mini.restored_contents(target, expected) == expected
 
-    def run_expiry(self, going: Iterable[BackupId], number: int, fault: Fault) -> int:
+    def expiry(
+        self, going: Iterable[BackupId], number: int, fault: Fault, only: str = ""
+    ) -> subprocess.Popen[str]:
         """An expiry in a process of its own, to which a fault happens at step `number`."""
-        arguments = [str(self.base / "repo"), str(number), fault, *going]
-        process = _process("tests.fault.killed_expiry", *arguments)
+        arguments = [str(self.base / "repo"), str(number), fault, only, *going]
+        return _process("tests.fault.killed_expiry", *arguments)
+
+    def run_expiry(self, going: Iterable[BackupId], number: int, fault: Fault) -> int:
+        process = self.expiry(going, number, fault)
         _, errors = process.communicate(timeout=60)
         assert "Traceback" not in errors, errors
         return process.returncode
 
     def accept_late_commit(self, before: set[BackupId]) -> None:
         """A backup whose very last answer was lost is a whole one: what happened must be so."""
-        for backup in set(Repository.open(self.store).backup_ids(mini.CLUSTER)) - before:
+        for backup in set(mini.opened(self.store).backup_ids(mini.CLUSTER)) - before:
             self.known[backup] = mini.contents(self.root)
 
 
@@ -89,9 +96,15 @@ def stopped_cluster(clusters: Clusters) -> Path:
 
 
 @pytest.fixture
-def scene(stopped_cluster: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Scene:
+def scene(
+    stopped_cluster: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> Scene:
+    """Encrypted with the parameter, a `Secret`, if there is one."""
     monkeypatch.setattr(FrameWriter, "PACK_BYTES", PACK_BYTES)
-    return Scene(stopped_cluster, tmp_path)
+    return Scene(stopped_cluster, tmp_path, getattr(request, "param", None))
 
 
 def _process(*arguments: str) -> subprocess.Popen[str]:

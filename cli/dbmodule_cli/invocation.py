@@ -42,12 +42,16 @@ class Invocation:
         """The same for the exit at the second signal, where that is something else."""
 
     def load_config(
-        self, *, server: Mapping[str, object] | None = None, missing_ok: bool = False
+        self,
+        *,
+        server: Mapping[str, object] | None = None,
+        key_file: Path | None = None,
+        missing_ok: bool = False,
     ) -> Config:
         """The configuration with the options of this run; raises `UsageError`."""
         from dbmodule.config import load_config
 
-        repository = {"url": self.repo, "cluster": self.cluster}
+        repository = {"url": self.repo, "cluster": self.cluster, "key_file": key_file}
         overrides = {
             section: {key: value for key, value in values.items() if value is not None}
             for section, values in {"server": server or {}, "repository": repository}.items()

@@ -34,6 +34,7 @@ _COMMANDS = (
     "expire",
     "hold",
     "release",
+    "key",
     "agent",
     "extension",
     "demo",

@@ -35,7 +35,7 @@ class Offline(Run):
     def _take(
         self, identity: ServerIdentity, control: ControlFile, history: str, stop_lsn: Lsn
     ) -> Taken:
-        with self.phases("baseline"):
+        with self.phases("prepare"):
             chosen = self.choose(
                 position_of(identity, control.redo, history),
                 lambda m: ancestry.proven_by_files(m.marks, self.env.directory),

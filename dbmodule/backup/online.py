@@ -55,7 +55,7 @@ class Online(Run):
             return self._take(server, identity, history)
 
     def _take(self, server: Server, identity: ServerIdentity, history: str) -> Taken:
-        with self.phases("baseline"):
+        with self.phases("prepare"):
             chosen = self.choose(
                 position_of(identity, identity.lsn, history),
                 lambda m: ancestry.proven_by_catalog(m.marks, self.env.catalog),

@@ -155,7 +155,8 @@ class Phases:
         try:
             yield
         finally:
-            self.seconds[name] = round(time.monotonic() - began, 3)
+            spent = self.seconds.get(name, 0.0) + time.monotonic() - began
+            self.seconds[name] = round(spent, 3)
 
 
 def read_control_file(directory: DataDirectory) -> tuple[bytes, ControlFile]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from contextlib import suppress
 from typing import Any
 
 import psycopg
@@ -65,6 +66,7 @@ class PsycopgServer:
     """`ports.Server` on psycopg; `dsn` is a libpq connection string."""
 
     def __init__(self, dsn: str) -> None:
+        self._slot = ""
         try:
             self._connection = psycopg.connect(
                 dsn,
@@ -173,6 +175,7 @@ class PsycopgServer:
         if not self.free_slots():
             raise ServerError("the server has no replication slot free", hint=FREE_A_SLOT)
         self._one("SELECT pg_create_physical_replication_slot(%s, true, true)", (name,))
+        self._slot = name
 
     def start_backup(self, label: str, *, fast: bool) -> Lsn:
         return parse_lsn(self._one("SELECT pg_backup_start(%s, %s)::text", (label, fast))[0])
@@ -212,4 +215,10 @@ class PsycopgServer:
         return missing
 
     def close(self) -> None:
+        """End the session; slot and lock would outlive it until its backend has noticed."""
+        if not self._connection.closed:
+            with suppress(psycopg.Error):
+                if self._slot:
+                    self._connection.execute("SELECT pg_drop_replication_slot(%s)", (self._slot,))
+                self._connection.execute("SELECT pg_advisory_unlock_all()")
         self._connection.close()

@@ -61,7 +61,7 @@ class Condemned:
         """
         parts: dict[str, set[str]] = {}
         for name in self._documents.store.list(PREFIX):
-            _, sentence, part = name.split("/")
+            _, sentence, part = name.split("/", 2)
             parts.setdefault(sentence, set()).add(part)
         found = []
         for sentence, there in sorted(parts.items()):
@@ -139,6 +139,6 @@ class Condemned:
         """Remove the lists of withdrawn sentences, which a crash has left."""
         known = {sentence.id for sentence in self.load()}
         for name in list(self._documents.store.list(PREFIX)):
-            _, sentence, part = name.split("/")
+            _, sentence, part = name.split("/", 2)
             if part == LIST and sentence not in known:
                 self._documents.store.delete(name)

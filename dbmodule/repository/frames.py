@@ -110,14 +110,6 @@ class FrameReader:
         ((_, raw),) = self._read(ref, [number], 0, 0)
         return raw
 
-    def stored(self, ref: PackRef, number: int) -> bytes:
-        """The stored bytes of one frame of a pack that is there, after they were checked."""
-        footer = self.footer(ref)
-        length = int(footer.entries["stored"][number])
-        data = self._store.get(name_of(ref.pack), int(footer.offsets[number]), length)
-        self.decode(footer, number, data)
-        return data
-
     def frames(
         self, ref: PackRef, numbers: Sequence[int], read_bytes: int, gap_bytes: int
     ) -> Iterator[tuple[int, bytes]]:
@@ -139,6 +131,33 @@ class FrameReader:
         self, ref: PackRef, numbers: Sequence[int], read_bytes: int, gap_bytes: int
     ) -> Iterator[tuple[int, bytes]]:
         footer = self.footer(ref)
+        done = 0
+        try:
+            for number, stored in self._stored(ref, footer, numbers, read_bytes, gap_bytes):
+                yield number, self.decode(footer, number, stored)
+                done += 1
+        except ObjectMissingError as error:
+            husk = self._moved_to(ref, error)
+            rest = np.array(numbers[done:], np.int64)
+            yield from self._moved(footer, husk, rest, read_bytes, gap_bytes)
+
+    def stored_frames(
+        self, ref: PackRef, numbers: Sequence[int], read_bytes: int, gap_bytes: int
+    ) -> Iterator[tuple[int, memoryview]]:
+        """As `frames`, but as they are stored, after they were checked, and from this pack only."""
+        footer = self.footer(ref)
+        for number, stored in self._stored(ref, footer, numbers, read_bytes, gap_bytes):
+            self.decode(footer, number, stored)
+            yield number, stored
+
+    def _stored(
+        self,
+        ref: PackRef,
+        footer: Footer,
+        numbers: Sequence[int],
+        read_bytes: int,
+        gap_bytes: int,
+    ) -> Iterator[tuple[int, memoryview]]:
         name = name_of(ref.pack)
         if numbers and not 0 <= numbers[0] <= numbers[-1] < len(footer.entries):
             raise CorruptObjectError(f"{name}: has no frame {numbers[-1]}")
@@ -153,17 +172,10 @@ class FrameReader:
                 and ends[last + 1] - starts[first] <= read_bytes
             ):
                 last += 1
-            try:
-                data = memoryview(self._store.get(name, starts[first], ends[last] - starts[first]))
-            except ObjectMissingError as error:
-                husk = self._moved_to(ref, error)
-                rest = np.array(numbers[first:], np.int64)
-                yield from self._moved(footer, husk, rest, read_bytes, gap_bytes)
-                return
+            data = memoryview(self._store.get(name, starts[first], ends[last] - starts[first]))
             for at in range(first, last + 1):
                 offset = starts[at] - starts[first]
-                stored = data[offset : offset + ends[at] - starts[at]]
-                yield numbers[at], self.decode(footer, numbers[at], stored)
+                yield numbers[at], data[offset : offset + ends[at] - starts[at]]
             first = last + 1
 
     def _moved(

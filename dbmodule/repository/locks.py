@@ -13,6 +13,7 @@ before its epoch ends: then it cannot commit any more, whatever it does when it 
 from __future__ import annotations
 
 import logging
+import re
 import secrets
 import threading
 import time
@@ -40,6 +41,9 @@ PREFIX = "locks/"
 OWNER = "owner.json"
 ENDED = "ended"
 EXPIRE = "expire"
+_LONGEST_PAUSE = 600.0
+_PATIENCE = 5.0
+_OBJECT = re.compile(r"locks/([^/]+)/(\d{10})/(owner\.json|ended|beat-\d{10})")
 BACKUP = "backup-"
 
 Revoke = Callable[[str, BackupId], None]
@@ -118,7 +122,10 @@ class Locks:
     def _newest(self, prefix: str) -> dict[str, Epoch]:
         found: dict[str, Epoch] = {}
         for object_name in self._store.list(prefix):
-            _, name, number, part = object_name.split("/")
+            match = _OBJECT.fullmatch(object_name)
+            if match is None:
+                continue  # nobody's
+            name, number, part = match.groups()
             known = found.get(name)
             if known is None or int(number) > known.number:
                 known = Epoch(name, int(number), 0, False)
@@ -235,11 +242,33 @@ class Locks:
             self.end(mine, token)
 
     def end(self, epoch: Epoch, token: str) -> None:
-        """Give an own epoch up; who cannot write is found dead by its process."""
+        """Give an own epoch up, later if the store cannot be reached now.
+
+        Else other processes of this host would be kept out for as long as this one lives.
+        """
         with self._guard:
             self._held.discard(token)
-        with suppress(RepositoryError):
+        if not self._ended(epoch):
+            name = f"end-{epoch.name}"
+            threading.Thread(target=self._end_later, args=(epoch,), name=name, daemon=True).start()
+
+    def _ended(self, epoch: Epoch) -> bool:
+        try:
             self._store.put_new(epoch.object(ENDED), [])
+        except ObjectExistsError:
+            return True
+        except RepositoryError as error:
+            log.warning("the lock %s could not be given back yet: %s", epoch.name, error)
+            return False
+        return True
+
+    def _end_later(self, epoch: Epoch) -> None:
+        pause, never = self.timing.beat, threading.Event()
+        while True:
+            never.wait(pause)
+            if self._ended(epoch):
+                return
+            pause = min(2 * pause, _LONGEST_PAUSE)
 
     def _clean(self, mine: Epoch) -> None:
         """Remove what is left of earlier epochs. That a store refuses to is no harm."""
@@ -313,7 +342,7 @@ class Lock:
 
     def release(self) -> None:
         self._stop.set()
-        self._thread.join()
+        self._thread.join(_PATIENCE)  # a heartbeat that comes after the end means nothing
         self._locks.end(self.epoch, self._token)
 
     def __enter__(self) -> Self:

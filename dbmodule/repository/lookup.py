@@ -21,7 +21,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from dbmodule.errors import ObjectMissingError
+from dbmodule.errors import CorruptObjectError, ObjectMissingError
 from dbmodule.ports import ObjectStore
 from dbmodule.repository.index import (
     BLOCK_ENTRIES,
@@ -177,6 +177,8 @@ class ContentIndex:
                     pack = self._pack(pieces[piece][0], row)
                 except ObjectMissingError:
                     lost, pack = True, None
+                except CorruptObjectError:
+                    pack = None
                 if pack is not None:
                     hits[position] = Hit(pack, place >> 8, place & 0xFF)
             left = left[[hits[position] is None for position in order[left].tolist()]]
@@ -206,6 +208,10 @@ class ContentIndex:
                 return entries
             except ObjectMissingError:
                 return None
+            except CorruptObjectError as error:
+                # In an encrypted repository damage is found when a piece is read.
+                log.warning("the index is used without a part of one segment: %s", error)
+                return np.empty(0, ENTRY)
 
         lost = False
         for key, entries in zip(missing, _together(read, missing), strict=True):

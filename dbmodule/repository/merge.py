@@ -115,26 +115,32 @@ class _Input:
 
     def _read(self, lane: Sequence[Segment], merge: _Merge, blocks: int) -> Iterator[Entries]:
         for segment in lane:
-            head = segment.head
-            hasher = blake3(key=merge.key)
-            hasher.update(segment.raw(0, head.entries_at))
-            rows = merge.rows_of(segment)
-            last = np.uint64(head.first << 32)
-            for first in range(0, head.blocks, blocks):
-                piece = segment.blocks(first, blocks)
-                hasher.update(piece.view(np.uint8).data)
-                high = piece["high"].astype(np.uint64)
-                # Only sorted entries can be merged; the hash would tell too late.
-                if len(piece) == 0 or high[0] < last or (high[1:] < high[:-1]).any():
-                    break
-                last = high[-1]
-                yield _renumbered(piece, rows)
-            digest = hasher.digest()
-            if segment.raw(head.size - 32, head.size + 1) != digest or not segment.name.endswith(
-                digest.hex()
-            ):
+            try:
+                yield from self._pieces_of(segment, merge, blocks)
+            except CorruptObjectError:
                 merge.damaged.add(segment.name)
-                raise CorruptObjectError(f"{segment.name}: its bytes do not match its hash")
+                raise
+
+    def _pieces_of(self, segment: Segment, merge: _Merge, blocks: int) -> Iterator[Entries]:
+        head = segment.head
+        hasher = blake3(key=merge.key)
+        hasher.update(segment.raw(0, head.entries_at))
+        rows = merge.rows_of(segment)
+        last = np.uint64(head.first << 32)
+        for first in range(0, head.blocks, blocks):
+            piece = segment.blocks(first, blocks)
+            hasher.update(piece.view(np.uint8).data)
+            high = piece["high"].astype(np.uint64)
+            # Only sorted entries can be merged; the hash would tell too late.
+            if len(piece) == 0 or high[0] < last or (high[1:] < high[:-1]).any():
+                break
+            last = high[-1]
+            yield _renumbered(piece, rows)
+        digest = hasher.digest()
+        if segment.raw(head.size - 32, head.size + 1) != digest or not segment.name.endswith(
+            digest.hex()
+        ):
+            raise CorruptObjectError(f"{segment.name}: its bytes do not match its hash")
 
     def more(self) -> None:
         """Read another piece; at the end there is none."""
@@ -210,7 +216,11 @@ class _Merge:
             table = segment.head.pack_table
             if table in self._rows:
                 continue
-            packs = segment.packs(0, segment.head.packs)
+            try:
+                packs = segment.packs(0, segment.head.packs)
+            except CorruptObjectError:
+                self.damaged.add(segment.name)
+                raise
             ids = packs["id"].tolist()
             rows = np.full(segment.head.packs + 1, _DROPPED, np.uint32)
             new: list[int] = []

@@ -1,6 +1,7 @@
 """A repository: its description, its clusters, its committed backups.
 
-    repository.json             what this is: format version, id, key for hashes
+    repository.json             what this is: format version, id, key for hashes or cipher
+    keys/…                      of an encrypted one: see `keys`
     clusters/NAME.json          which database cluster a name stands for
     manifests/NAME/ID.json      one per committed backup
     packs/xx/…  husks/xx/…      see `pack` and `husk`
@@ -8,7 +9,9 @@
     locks/…  condemned/…        see `locks` and `condemned`
 
 Invariant: a backup exists if and only if its manifest does. Under a manifest's name there may be a
-*tombstone* instead: it keeps a run that was taken for dead from committing that backup.
+*tombstone* instead: it keeps a run that was taken for dead from committing that backup. In an
+encrypted repository everything but the first two lies in an `EncryptedStore`, of which nothing else
+need know.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import secrets
 from contextlib import suppress
 from datetime import UTC, datetime
 from itertools import chain
+from typing import TYPE_CHECKING
 
 from dbmodule.errors import (
     BrokenChainError,
@@ -26,6 +30,7 @@ from dbmodule.errors import (
     LockedError,
     ObjectExistsError,
     ObjectMissingError,
+    RefusedError,
     RepositoryError,
     UsageError,
     WrongClusterError,
@@ -41,11 +46,16 @@ from dbmodule.repository.index import PackRef
 from dbmodule.repository.locks import Locks, LockTiming
 from dbmodule.repository.merge import tidy
 from dbmodule.repository.pack import PackId
+from dbmodule.repository.secret import Secret
 from dbmodule.repository.tables import TableReader
 from dbmodule.repository.writer import FrameWriter
 
+if TYPE_CHECKING:
+    from dbmodule.repository.vault import Vault
+
 DESCRIPTION = "repository.json"
 MANIFESTS = "manifests/"
+_CONTENT = ("clusters/", MANIFESTS, "packs/")
 REVOKED = "revoked"
 """Member of a tombstone, true."""
 _CLUSTER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
@@ -83,24 +93,45 @@ class Repository:
         self.documents = Documents(store, key)
         self.condemned = Condemned(self.documents)
         self.frames = FrameReader(store, key)
+        self.vault: Vault | None = None
+        """Of an encrypted repository; `store` is its inside."""
 
     # -- opening --------------------------------------------------------------------------------
 
     @classmethod
-    def create(cls, store: ObjectStore) -> Repository:
-        """Write a new repository's description; raises `ObjectExistsError` if there is one."""
-        body = {
-            "format": FORMAT,
-            "id": secrets.token_hex(16),
-            "hash_key": secrets.token_hex(32),
-            "created_at": datetime.now(UTC).isoformat(),
-        }
-        store.put_new(DESCRIPTION, [seal(body, None)])
-        return cls.open(store)
+    def create(cls, store: ObjectStore, secret: Secret | None = None) -> Repository:
+        """Write a new repository's description; raises `ObjectExistsError` if there is one.
+
+        With a `secret`, which becomes its first master key, everything in it is encrypted. Where
+        only the description of an earlier one is gone, `RefusedError`: no other opens its backups.
+        """
+        left = next((n for folder in _CONTENT for n in store.list(folder)), None)
+        if left is not None and not cls.exists(store):
+            raise RefusedError(
+                f"{store.url} holds {left}, but no {DESCRIPTION}: a repository has lost it",
+                hint=f"Put {DESCRIPTION} back from a copy, or use another url for a new one.",
+            )
+        if secret is not None:
+            from dbmodule.repository.vault import create_vault
+
+            create_vault(store, DESCRIPTION, secret)
+        else:
+            body = {
+                "format": FORMAT,
+                "id": secrets.token_hex(16),
+                "hash_key": secrets.token_hex(32),
+                "created_at": datetime.now(UTC).isoformat(),
+            }
+            store.put_new(DESCRIPTION, [seal(body, None)])
+        return cls.open(store, secret)
 
     @classmethod
-    def open(cls, store: ObjectStore) -> Repository:
-        """Raises `RepositoryError` when there is none, or `FormatVersionError`."""
+    def open(cls, store: ObjectStore, secret: Secret | None = None) -> Repository:
+        """Raises `RepositoryError` when there is none, `FormatVersionError` or `MasterKeyError`.
+
+        A `secret` for a repository that is not encrypted is a `RefusedError`: somebody may have
+        put that one there, so that backups are stored in the clear.
+        """
         try:
             data = store.get(DESCRIPTION)
         except ObjectMissingError:
@@ -108,11 +139,33 @@ class Repository:
                 f"there is no repository at {store.url}",
                 hint="Create one with `dbmodule init`, or check the URL.",
             ) from None
-        body, _ = unseal(DESCRIPTION, data, None)
+        body, binding = unseal(DESCRIPTION, data, None)
         try:
-            return cls(store, body["id"], bytes.fromhex(body["hash_key"]))
+            if "cipher" in body:
+                from dbmodule.repository.vault import open_vault
+
+                vault = open_vault(store, DESCRIPTION, body, binding, secret)
+                opened = cls(vault.store, body["id"], vault.hash_key)
+                opened.vault = vault
+                return opened
+            opened = cls(store, body["id"], bytes.fromhex(body["hash_key"]))
         except (KeyError, TypeError, ValueError) as error:
             raise CorruptObjectError(f"{DESCRIPTION}: not a valid description") from error
+        if secret is not None:
+            raise RefusedError(
+                f"a master key is configured, but the repository at {store.url} is not encrypted",
+                hint="If that is meant, take the key out of the configuration; else make a new"
+                " repository with `dbmodule init --key-file FILE --repo URL`.",
+            )
+        return opened
+
+    @staticmethod
+    def exists(store: ObjectStore) -> bool:
+        """Is there a repository in `store`, of whatever kind?"""
+        try:
+            return store.size(DESCRIPTION) >= 0
+        except ObjectMissingError:
+            return False
 
     # -- clusters -------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -19,6 +20,8 @@ from dbmodule.reports import (
     Finding,
     HoldReport,
     InitReport,
+    KeyInfo,
+    KeyRotation,
     RelationChange,
     ReleaseReport,
     RestoreReport,
@@ -77,6 +80,7 @@ def default_answers() -> dict[str, Any]:
             repository="file:///backups",
             repository_id="5e1f",
             repository_created=True,
+            encrypted=False,
             cluster="main",
             system_identifier="7412345678901234567",
             server_version="18.6",
@@ -153,11 +157,16 @@ def default_answers() -> dict[str, Any]:
         ),
         "hold": HoldReport(FULL, "forever"),
         "release": ReleaseReport(FULL, 1),
+        "keys": [KEY, replace(KEY, key_id="e" * 32, current=False, label="in the safe")],
+        "add_key": replace(KEY, current=False),
+        "rotate_key": KeyRotation(KEY, "d" * 32),
+        "revoke_key": None,
         "run_agent": None,
         "install_extension": ["copied dbmodule.control", "created the extension"],
     }
 
 
+KEY = KeyInfo("c" * 32, "key", "", "2026-01-31T23:59:59+00:00", current=True)
 DAMAGED = VerifyReport("damaged", [FULL], 12, 1, [Damage("packs/1", "hash differs")], 0.5)
 
 
@@ -213,6 +222,18 @@ class App:
 
     def release(self, backup: str) -> Any:
         return self._answer("release", backup=backup)
+
+    def keys(self) -> Any:
+        return self._answer("keys")
+
+    def add_key(self, source: Any, *, label: str) -> Any:
+        return self._answer("add_key", source=source, label=label)
+
+    def rotate_key(self, source: Any, *, label: str) -> Any:
+        return self._answer("rotate_key", source=source, label=label)
+
+    def revoke_key(self, key_id: str) -> Any:
+        return self._answer("revoke_key", key_id=key_id)
 
     def run_agent(self, *, stop: Any) -> Any:
         return self._answer("run_agent", stop=stop)

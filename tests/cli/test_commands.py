@@ -19,6 +19,7 @@ from dbmodule.reports import (
     CheckReport,
     Finding,
     HoldReport,
+    NewKey,
     RestoreOptions,
     VerifyLevel,
 )
@@ -37,6 +38,10 @@ COMMANDS = {
     "expire": ["expire"],
     "hold": ["hold", FULL],
     "release": ["release", FULL],
+    "keys": ["key", "list"],
+    "add_key": ["key", "add", "--new-key-file", "new"],
+    "rotate_key": ["key", "rotate", "--new-key-command", "pass show new"],
+    "revoke_key": ["key", "revoke", "c" * 32],
     "run_agent": ["agent"],
     "install_extension": ["extension", "install"],
 }
@@ -244,6 +249,28 @@ def test_extension_install(dbmodule: Dbmodule, app: type[App], tmp_path: Path) -
     result = dbmodule("extension", "install", "--directory", "ext", "--json")
     assert result.document == {"done": ["copied dbmodule.control", "created the extension"]}
     assert app.calls == [("install_extension", {"directory": tmp_path / "ext"})]
+
+
+def test_keys(dbmodule: Dbmodule, app: type[App], tmp_path: Path) -> None:
+    listed = dbmodule("key", "list", "--json").document["keys"]
+    assert [key["label"] for key in listed] == ["", "in the safe"]
+    assert "in the safe" in dbmodule("key", "list").out
+    app.calls.clear()
+    assert dbmodule("key", "add", "--new-key-file", "new", "--label", "x").code == 0
+    rotated = dbmodule("key", "rotate", "--new-key-command", "pass show new")
+    assert "configure the new key" in rotated.out
+    dbmodule("key", "revoke", "c" * 32)
+    assert app.calls == [
+        ("add_key", {"source": NewKey(tmp_path / "new"), "label": "x"}),
+        ("rotate_key", {"source": NewKey(command="pass show new"), "label": ""}),
+        ("revoke_key", {"key_id": "c" * 32}),
+    ]
+
+
+def test_init_with_a_key_file(dbmodule: Dbmodule, app: type[App], tmp_path: Path) -> None:
+    assert dbmodule("init", "--key-file", "master.key").code == 0
+    assert app.config is not None
+    assert app.config.repository.key_file == tmp_path / "master.key"
 
 
 @pytest.mark.parametrize(

@@ -25,11 +25,15 @@ from dbmodule.errors import (
     UsageError,
 )
 from dbmodule.ports import ObjectStore
+from dbmodule.repository.encrypted import EncryptedStore
 from dbmodule.storage import LocalStore, MemoryStore, open_store
 
 STORES: dict[str, Callable[[pytest.FixtureRequest, Path], ObjectStore]] = {
     "local": lambda request, path: LocalStore(path / "repository"),
     "memory": lambda request, path: MemoryStore(),
+    "encrypted": lambda request, path: EncryptedStore(
+        LocalStore(path / "repository"), bytes(32), plain=()
+    ),
     "s3": lambda request, path: request.getfixturevalue("s3").store(),
     "azure": lambda request, path: request.getfixturevalue("azure").store(),
 }
@@ -405,6 +409,7 @@ _WRITER = """
 import sys, time
 from pathlib import Path
 from dbmodule.errors import ObjectExistsError
+from dbmodule.repository.encrypted import EncryptedStore
 from dbmodule.storage import LocalStore
 
 store = LocalStore(Path(sys.argv[1]))

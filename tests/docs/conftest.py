@@ -12,6 +12,7 @@ from dbmodule.app import App
 from dbmodule.compaction import mostly_dead, rewrite
 from dbmodule.config import Config, RepositorySection, ServerSection
 from dbmodule.ident import BackupType
+from dbmodule.postgres.cluster import LocalCluster
 from dbmodule.reports import BackupOptions, RestoreOptions
 from dbmodule.repository.pack import name_of
 from dbmodule.repository.repository import Repository
@@ -29,9 +30,13 @@ def workshop(clusters: Clusters) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def chain_app(workshop: Path, make_module_cluster: ClusterFactory, clusters: Clusters) -> App:
+def cluster(make_module_cluster: ClusterFactory) -> LocalCluster:
+    return make_module_cluster()
+
+
+@pytest.fixture(scope="module")
+def chain_app(workshop: Path, cluster: LocalCluster, clusters: Clusters) -> App:
     """Full, differential and incremental backups of one server, and every way of changing files."""
-    cluster = make_module_cluster()
     app = App.open(
         Config(
             server=ServerSection(dsn=cluster.dsn(), pgdata=cluster.datadir),
@@ -86,10 +91,43 @@ def moved_chain(workshop: Path, long_chain: tuple[Path, list[str]]) -> Path:
 
 
 @pytest.fixture(scope="module")
+def encrypted_app(workshop: Path, cluster: LocalCluster, chain_app: App) -> App:
+    """A full and an incremental of the same server in an encrypted repository."""
+    url, key_file = str(workshop / "encrypted"), workshop / "master.key"
+    app = App.open(
+        Config(
+            server=ServerSection(dsn=cluster.dsn(), pgdata=cluster.datadir),
+            repository=RepositorySection(url=url, key_file=key_file),
+        )
+    )
+    app.init(config_path=workshop / "encrypted.toml", extension=False)
+    app.backup(BackupOptions(BackupType.FULL))
+    cluster.execute("UPDATE kept SET n = n + 1 WHERE n % 555 = 0")
+    app.backup(BackupOptions(BackupType.INCR))
+    return app
+
+
+@pytest.fixture(scope="module")
+def encrypted_chain(workshop: Path, encrypted_app: App) -> tuple[Path, list[str], str]:
+    """The repository, its backups from the full down, and the master key."""
+    key = (workshop / "master.key").read_text().strip()
+    return workshop / "encrypted", encrypted_app.show("latest").chain, key
+
+
+@pytest.fixture(scope="module")
+def encrypted_restore(workshop: Path, encrypted_app: App) -> Path:
+    return _restored(workshop, encrypted_app, "encrypted")
+
+
+@pytest.fixture(scope="module")
 def library_restore(workshop: Path, chain_app: App) -> Path:
     """The latest backup as the library restores it."""
-    target = workshop / "restored"
-    tablespaces = chain_app.show("latest").tablespaces
-    mapping = {source: workshop / f"tablespace{oid}" for oid, source in tablespaces.items()}
-    chain_app.restore(RestoreOptions(target=target, tablespace_map=mapping))
+    return _restored(workshop, chain_app, "plain")
+
+
+def _restored(workshop: Path, app: App, name: str) -> Path:
+    target = workshop / f"restored-{name}"
+    tablespaces = app.show("latest").tablespaces
+    mapping = {source: workshop / f"{name}-{oid}" for oid, source in tablespaces.items()}
+    app.restore(RestoreOptions(target=target, tablespace_map=mapping))
     return target

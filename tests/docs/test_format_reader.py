@@ -14,11 +14,13 @@ import re
 import struct
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 import zstandard
 from blake3 import blake3
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM, AESSIV
 
 RELATION, CONTENT, DIRECTORY, SYMLINK = range(4)
 IDENTITY, OVERLAY, WAL, UNCHANGED = 1, 2, 4, 8
@@ -36,6 +38,66 @@ class FormatError(Exception):
 def expect(condition: bool, what: str) -> None:
     if not condition:
         raise FormatError(what)
+
+
+# -- encryption [18] ----------------------------------------------------------------------------
+
+
+def derive(context: str, data: bytes, length: int = 32) -> bytes:
+    return blake3(data, derive_key_context="dbmodule format 1: " + context).digest(length)
+
+
+def unwrap(key: bytes, wrapped: str) -> bytes:
+    data = bytes.fromhex(wrapped)
+    return AESGCM(key).decrypt(data[:12], data[12:], None)
+
+
+class Vault:
+    def __init__(self, data_key: bytes) -> None:
+        self.data_key = data_key
+        self.objects = derive("objects", data_key)
+        self.names = AESSIV(derive("names", data_key, 64))
+
+    def stored_name(self, name: str) -> str:
+        if name.startswith("packs/"):
+            return name
+        parts = name.split("/")
+        stored = [parts[0]]
+        for i, part in enumerate(parts[1:], 1):
+            padded = part.encode()
+            padded += bytes(-len(padded) % 48)
+            stored.append(self.names.encrypt(padded, ["/".join(parts[:i]).encode()]).hex())
+        return "/".join(stored)
+
+    def plain_part(self, folder: str, stored: str) -> str:
+        padded = self.names.decrypt(bytes.fromhex(stored), [folder.encode()])
+        return padded.rstrip(b"\0").decode()
+
+    def gcm(self, name: str, salt: bytes) -> AESGCM:
+        return AESGCM(blake3(salt + name.encode(), key=self.objects).digest())
+
+    def opened(self, name: str, stored: bytes, *, salted: bool) -> bytes:
+        salt, stored = (stored[:32], stored[32:]) if salted else (b"", stored)
+        gcm, out = self.gcm(name, salt), b""
+        count = -(-len(stored) // 32784)
+        expect(count > 0, f"{name} has a last piece")
+        for number in range(count):
+            nonce = struct.pack("<Q3xB", number, number == count - 1)
+            out += gcm.decrypt(nonce, stored[number * 32784 : (number + 1) * 32784], None)
+        return out
+
+    def range(self, name: str, file: BinaryIO, offset: int, length: int) -> bytes:
+        """Part of a pack, from no more pieces than it is in."""
+        gcm, out = self.gcm(name, b""), b""
+        first, last = offset // 32768, (offset + length - 1) // 32768
+        for number in range(first, last + 1):
+            file.seek(number * 32784)
+            piece = file.read(32784)
+            try:
+                out += gcm.decrypt(struct.pack("<Q3xB", number, 0), piece, None)
+            except InvalidTag:
+                out += gcm.decrypt(struct.pack("<Q3xB", number, 1), piece, None)
+        return out[offset - first * 32768 :][:length]
 
 
 @dataclasses.dataclass
@@ -57,12 +119,33 @@ class Row:
 
 
 class Reader:
-    def __init__(self, root: Path, cluster: str) -> None:
+    def __init__(self, root: Path, cluster: str, master_key: str = "") -> None:
         self.root, self.cluster = root, cluster
         self.key: bytes | None = None
-        description, _ = self.document("repository.json")
-        self.key = bytes.fromhex(description["hash_key"])
+        self.vault: Vault | None = None
+        description, digest = self.document("repository.json")
+        if "cipher" in description:
+            expect(set(description) == {"format", "id", "cipher", "salt"}, "description")
+            expect(description["cipher"] == "aes-256-gcm", "cipher")
+            master = bytes.fromhex(master_key) + bytes.fromhex(digest)
+            name = f"keys/{derive('key id', master, 16).hex()}.json"
+            wrapped = self.document(name)[0]
+            self.vault = Vault(unwrap(derive("wrap", master), wrapped["wrapped"]))
+            self.key_info = json.loads(
+                self.vault.opened(name, bytes.fromhex(wrapped["info"]), salted=True)
+            )
+            self.key = derive("hashes", self.vault.data_key)
+        else:
+            self.key = bytes.fromhex(description["hash_key"])
         self.footers: dict[str, list[tuple[int, int, int, int, bytes, list[bytes]]]] = {}
+
+    # -- objects, encrypted or not [18] ---------------------------------------------------------
+
+    def object(self, name: str) -> bytes:
+        if self.vault is None:
+            return (self.root / name).read_bytes()
+        stored = (self.root / self.vault.stored_name(name)).read_bytes()
+        return self.vault.opened(name, stored, salted=not name.startswith("packs/"))
 
     # -- hashes and documents [2, 3] ------------------------------------------------------------
 
@@ -70,7 +153,7 @@ class Reader:
         return (blake3(data) if self.key is None else blake3(data, key=self.key)).digest()
 
     def document(self, name: str) -> tuple[dict[str, Any], str]:
-        line, digest, nothing = (self.root / name).read_bytes().split(b"\n")
+        line, digest, nothing = self.object(name).split(b"\n")
         expect(nothing == b"" and digest.decode() == self.hash(line).hex(), f"hash of {name}")
         body: dict[str, Any] = json.loads(line)
         expect(body["format"] == 1, f"version of {name}")
@@ -96,9 +179,14 @@ class Reader:
         raise FormatError(f"frame {number} of {pack} is gone")
 
     def read(self, pack: str, offset: int, length: int) -> bytes:
-        with (self.root / "packs" / pack[:2] / pack).open("rb") as file:
-            file.seek(offset)
-            data = file.read(length)
+        name = f"packs/{pack[:2]}/{pack}"
+        if self.vault is None:
+            with (self.root / name).open("rb") as file:
+                file.seek(offset)
+                data = file.read(length)
+        else:
+            with (self.root / name).open("rb") as file:
+                data = self.vault.range(name, file, offset, length)
         expect(len(data) == length, f"pack {pack} is cut off")
         return data
 
@@ -234,7 +322,7 @@ class Reader:
 
     def check_segment(self, name: str) -> int:
         """Every entry leads to the frame or page with its hash; gives their number."""
-        data = (self.root / "index" / name).read_bytes()
+        data = self.object(f"index/{name}")
         expect(
             self.hash(data[:-32]) == data[-32:] and data[-32:].hex() == name, "hash of the index"
         )
@@ -436,6 +524,33 @@ def test_frames_that_were_moved_are_found_by_husks(
     for path in paths[::10]:
         found = after[0].reader.restore(after, path)
         assert found == before[0].reader.restore(before, path)
+
+
+def test_an_encrypted_repository_is_read_from_the_page(
+    encrypted_chain: tuple[Path, list[str], str], encrypted_restore: Path
+) -> None:
+    repository, backups, master_key = encrypted_chain
+    reader = Reader(repository, "main", master_key)
+    assert reader.vault is not None
+    assert (reader.key_info["kind"], reader.key_info["label"]) == ("key", "")
+    chain = reader.chain(backups[-1])
+    assert [backup.manifest["backup_id"] for backup in chain] == backups
+    for path, row in chain[-1].files.items():
+        if row.kind in (RELATION, CONTENT):
+            expected = (encrypted_restore / path).read_bytes()
+            if path == "postgresql.auto.conf":  # the restore appends its settings
+                expected = expected[: row.size]
+            assert reader.restore(chain, path) == expected, path
+    for folder in ("index", "clusters", "manifests", "manifests/main"):
+        stored = Path(repository, reader.vault.stored_name(folder))
+        for entry in stored.iterdir():
+            name = reader.vault.plain_part(folder, entry.name)
+            if folder == "index":
+                assert reader.check_segment(name) > 0
+            elif name != "main":
+                assert reader.document(f"{folder}/{name}")[0]["format"] == 1
+    with pytest.raises(FileNotFoundError):
+        Reader(repository, "main", "ab" * 32)
 
 
 @pytest.mark.parametrize("name", ["repository.json", "manifest"])

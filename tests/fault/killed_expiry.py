@@ -1,6 +1,7 @@
 """One expiry in a process of its own, which is killed at its Nth step: see `fault_store`.
 
-Arguments: repository directory, N, kind of fault, and the backups that are to go.
+Arguments: repository directory, N, kind of fault, what the names begin with that count, and the
+backups that are to go.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from tests.fault.mini import run_expire
 
 
 def main() -> None:
-    repository, at, fault, *going = sys.argv[1:]
-    store = FaultStore(LocalStore(Path(repository)), int(at), Fault(fault), removals=True)
+    repository, at, fault, only, *going = sys.argv[1:]
+    inner = LocalStore(Path(repository))
+    store = FaultStore(inner, int(at), Fault(fault), only=only, removals=True)
     run_expire(store, map(BackupId, going))
 
 

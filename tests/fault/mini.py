@@ -31,13 +31,16 @@ from dbmodule.reports import (
     VerifyReport,
 )
 from dbmodule.repository.locks import LockTiming
-from dbmodule.repository.repository import Repository
+from dbmodule.repository.repository import DESCRIPTION, Repository
+from dbmodule.repository.secret import Secret
 from dbmodule.restore.run import RestoreRequest, restore
 from dbmodule.verify import verify
 
 CLUSTER = "main"
 AT_ONCE = LockTiming(beat=60, expiry=0)
 """Nobody is waited for, and what is condemned may go at once."""
+SECRET = Secret(b"5ec" + b"0" * 61)
+"""Of those repositories that are encrypted."""
 RELATION = "base/1/1259"
 _WHOLE = ("PG_VERSION", "global/pg_control", "global/pg_filenode.map", "pg_xact/0000")
 _DATABASE = ("PG_VERSION", "pg_filenode.map", "1259", "1259_fsm", "1259_vm")
@@ -79,11 +82,21 @@ def change_state(root: Path, step: int) -> None:
     (root / f"new.{step - 1}").unlink(missing_ok=True)
 
 
+def opened(store: ObjectStore) -> Repository:
+    """The repository in `store`, encrypted or not."""
+    encrypted = b'"cipher"' in store.get(DESCRIPTION)
+    return Repository.open(store, SECRET if encrypted else None)
+
+
 def back_up(
-    store: ObjectStore, root: Path, kind: BackupType, timing: LockTiming | None = None
+    store: ObjectStore,
+    root: Path,
+    kind: BackupType,
+    timing: LockTiming | None = None,
+    baseline: BackupId | None = None,
 ) -> Manifest:
     """One offline backup of the data directory at `root`."""
-    repository = Repository.open(store)
+    repository = opened(store)
     environment = Environment(
         repository=repository,
         cluster=CLUSTER,
@@ -97,7 +110,7 @@ def back_up(
         compression_level=1,
         locks=repository.locks(LocalProcesses(), timing),
     )
-    options = BackupOptions(kind, offline=True)
+    options = BackupOptions(kind, offline=True, baseline_id=baseline)
     return take_backup(
         environment, options, job_id=None, progress=no_progress, cancelled=never_cancelled
     ).manifest
@@ -111,7 +124,7 @@ def run_expire(
     timing: LockTiming = AT_ONCE,
     dry_run: bool = False,
 ) -> ExpireReport:
-    repository = Repository.open(store)
+    repository = opened(store)
     return expire(
         repository,
         CLUSTER,
@@ -126,7 +139,7 @@ def run_expire(
 
 def verify_all(store: ObjectStore, level: VerifyLevel = VerifyLevel.NORMAL) -> VerifyReport:
     return verify(
-        Repository.open(store),
+        opened(store),
         CLUSTER,
         None,
         level=level,
@@ -137,7 +150,7 @@ def verify_all(store: ObjectStore, level: VerifyLevel = VerifyLevel.NORMAL) -> V
 
 
 def restore_to(store: ObjectStore, backup: BackupId, target: Path) -> RestoreReport:
-    repository = Repository.open(store)
+    repository = opened(store)
     return restore(
         repository,
         repository.readable_manifests(CLUSTER)[0],

@@ -6,7 +6,7 @@ import pytest
 
 from dbmodule.app import App
 from dbmodule.config import RepositorySection, ServerSection
-from dbmodule.errors import ServerError, TargetError, UsageError
+from dbmodule.errors import RefusedError, ServerError, TargetError, UsageError
 from dbmodule.ident import BackupType
 from dbmodule.reports import BackupOptions, RestoreOptions
 from tests import oracles
@@ -181,3 +181,19 @@ def test_a_server_without_a_free_replication_slot(make_site: SiteFactory) -> Non
     assert (told.name, told.remedy) == ("replication slots", refusal.value.hint)
     site.cluster.execute("SELECT pg_drop_replication_slot('another')")
     assert site.full().status == "completed"
+
+
+def test_init_writes_nothing_where_a_description_was_lost(
+    make_site: SiteFactory,
+) -> None:
+    """A new one would have another key, and open none of the backups that are there."""
+    site = make_site()
+    site.full()
+    description = site.repository_path / "repository.json"
+    saved = description.read_bytes()
+    description.unlink()
+    with pytest.raises(RefusedError, match=r"no repository\.json"):
+        site.app.init(config_path=site.base / "again.toml", extension=False)
+    assert not description.exists()
+    description.write_bytes(saved)
+    assert site.app.verify(None).status == "sound"

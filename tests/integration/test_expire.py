@@ -6,24 +6,27 @@ With a tiny data directory, see `tests.fix_scene`.
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
 
-from dbmodule.errors import DamageError, LockedError, RepositoryError
+from dbmodule.errors import DamageError, LockedError, NoBaselineError, RepositoryError
 from dbmodule.ident import BackupId, BackupType
+from dbmodule.ports import Buffer
 from dbmodule.processes import LocalProcesses
 from dbmodule.reports import ExpireReport
+from dbmodule.repository.condemned import Condemned
 from dbmodule.repository.husk import name_of_husk
 from dbmodule.repository.locks import LockTiming
-from dbmodule.repository.pack import name_of
+from dbmodule.repository.pack import PackId, name_of
 from dbmodule.repository.repository import Repository
 from dbmodule.repository.usage import Usage
 from dbmodule.repository.writer import FrameWriter
 from dbmodule.storage import LocalStore
 from tests.fault import mini
 from tests.fault.fault_store import DamagedStore, Fault, FaultStore
+from tests.fix_s3 import S3
 from tests.fix_scene import (
     PACK_BYTES,
     Scene,
@@ -195,6 +198,119 @@ def test_a_full_killed_near_its_end_uploads_little_again(scene: Scene) -> None:
     other.check()
 
 
+def test_nothing_is_built_on_a_backup_whose_removal_has_begun(scene: Scene) -> None:
+    full, diff = grow(scene, FULL, DIFF)
+    failing = FaultStore(scene.store, 1, Fault.BEFORE, only=MANIFEST, removals=True)
+    with pytest.raises(RepositoryError, match="the wire was cut"):
+        mini.run_expire(failing, [diff])
+    scene.check()  # it is still there, and still whole
+    mini.change_state(scene.root, 5)
+    with pytest.raises(NoBaselineError):
+        mini.back_up(scene.store, scene.root, INCR, baseline=diff)
+    made = mini.back_up(scene.store, scene.root, INCR)
+    assert made.baseline_id == full
+    scene.known[made.backup_id] = mini.contents(scene.root)
+    # The next expiry goes on with it, though it was not asked to.
+    assert remove(scene, []).removed == [diff]
+    scene.check()
+
+
+class Meeting(FaultStore):
+    """Something else happens right after an object of some name was created."""
+
+    def __init__(self, scene: Scene, part: str, action: Callable[[], None]) -> None:
+        super().__init__(scene.store)
+        self._part = part
+        self._action = action
+
+    def put_new(self, name: str, chunks: Iterable[Buffer]) -> int:
+        size = super().put_new(name, chunks)
+        if name.startswith("condemned/") and name.endswith(self._part):
+            self._action()
+        return size
+
+
+def test_a_backup_that_begins_during_the_announcement_is_seen(scene: Scene) -> None:
+    """It was not there when the expiry looked first, and its baseline is about to go."""
+    old, kept = grow(scene, FULL, FULL)
+    mini.change_state(scene.root, 5)
+    repository = Repository.open(scene.store)
+    locks = repository.locks(LocalProcesses())
+    held = []
+
+    def begin() -> None:
+        lock = locks.acquire("backup-main", list, cancelled=lambda: False)
+        held.append(lock)
+
+    report = mini.run_expire(Meeting(scene, "list.json", begin), [old])
+    assert report.removed == []
+    assert report.postponed.startswith("a backup has begun")
+    held[0].release()
+    assert repository.condemned.load() == []
+    scene.check()
+    assert kept in scene.known
+
+
+def test_a_backup_that_comes_and_goes_during_the_announcement_is_noticed(scene: Scene) -> None:
+    """It built on what was to go, since its lock came before the list."""
+    old, _ = grow(scene, FULL, FULL)
+    store = Meeting(scene, "list.json", lambda: None)
+    made: list[BackupId] = []
+
+    def back_up() -> None:
+        # As if it had read the sentences just before this one was there.
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Condemned, "load", lambda self: [])
+            mini.change_state(scene.root, 6)
+            known = set(scene.known)
+            scene.back_up(DIFF)
+            made.extend(set(scene.known) - known)
+
+    store = Meeting(scene, "list.json", back_up)
+    report = mini.run_expire(store, [old])
+    assert report.removed == []
+    assert report.postponed != ""
+    assert made
+    scene.check()
+    remove(scene, [])
+    remove(scene, [])
+    scene.check()
+
+
+def test_an_expiry_that_sleeps_before_its_verdict_cannot_go_on(scene: Scene) -> None:
+    old, kept = grow(scene, FULL, FULL)
+    sleeping = scene.expiry([old], 2, Fault.STOP_BEFORE, "condemned/")
+    await_stop(sleeping)
+    # Another takes over, and a backup builds on what was to go.
+    assert remove(scene, []).removed == []
+    newest = max(scene.known)
+    assert newest == kept
+    mini.change_state(scene.root, 5)
+    repository = Repository.open(scene.store)
+    assert repository.condemned_backups("main") == set()
+    made = mini.back_up(scene.store, scene.root, DIFF, baseline=old)
+    scene.known[made.backup_id] = mini.contents(scene.root)
+    assert made.baseline_id == old
+    assert "LockedError" in goes_on_and_fails(sleeping)
+    scene.check()
+    remove(scene, [])
+    scene.check()
+
+
+def test_an_expiry_that_sleeps_among_its_removals_harms_nothing_later(scene: Scene) -> None:
+    old, _ = grow(scene, FULL, FULL)
+    state = mini.contents(scene.root)
+    remove(scene, [old])
+    sleeping = scene.expiry([], 1, Fault.STOP_BEFORE, "packs/")
+    await_stop(sleeping)
+    assert remove(scene, []).packs_removed > 0
+    # What was removed is stored again, as it was.
+    scene.back_up(FULL)
+    assert mini.contents(scene.root) == state
+    goes_on_and_fails(sleeping)
+    scene.check()
+
+
 def test_two_expiries_at_once(scene: Scene) -> None:
     grow(scene, FULL)
     repository = Repository.open(scene.store)
@@ -298,12 +414,56 @@ def test_packs_that_are_mostly_dead_are_rewritten(
     assert usage.husks <= usage.referenced
 
 
+def test_verify_finds_what_is_wrong_with_a_husk(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FrameWriter, "PACK_BYTES", BIG_PACKS)
+    write_blob(scene, 1)
+    first = grow(scene, FULL)
+    write_blob(scene, 2)
+    grow(scene, FULL)
+    assert remove(scene, first).packs_rewritten > 0
+    assert remove(scene, []).packs_removed > 0
+    husk = next(scene.store.list("husks/"))
+    data = bytearray(scene.store.get(husk))
+    data[len(data) // 2] ^= 1
+    husked = PackId(husk.rpartition("/")[2])
+    moved = Repository.open(scene.store).frames.husk(husked)
+    assert moved is not None
+    target = name_of(moved.packs[0].pack)
+    for name, content, said in (
+        (husk, bytes(data), husk),
+        (husk, None, name_of(husked)),
+        (target, None, target),
+    ):
+        report = mini.verify_all(DamagedStore(scene.store, {name: content}))
+        assert report.status == "damaged"
+        assert any(said in f"{d.object}: {d.problem}" for d in report.damage), report.damage
+
+
 def usage_of(scene: Scene) -> Usage:
     repository = Repository.open(scene.store)
     usage = Usage(repository)
     for manifest in repository.manifests(mini.CLUSTER).values():
         usage.add(manifest)
     return usage
+
+
+def test_on_an_object_store(scene: Scene, s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FrameWriter, "PACK_BYTES", BIG_PACKS)
+    scene.store = s3.store()
+    Repository.create(scene.store)
+    write_blob(scene, 1)
+    old = grow(scene, FULL, DIFF)
+    write_blob(scene, 2)
+    grow(scene, FULL)
+    report = remove(scene, old)
+    assert report.removed == old[::-1]
+    assert report.packs_rewritten > 0
+    assert remove(scene, []).packs_removed > 0
+    scene.check()
+    expect_clean(scene)
+    scene.check()
 
 
 # -- faults -------------------------------------------------------------------------------------

@@ -37,6 +37,9 @@ from tests.fix_scene import Scene, run_killed
 MOST_WRITES = 60
 RAISING = (Fault.BEFORE, Fault.FULL, Fault.AFTER)
 KILLING = (Fault.KILL_BEFORE, Fault.KILL_WITHIN, Fault.KILL_AFTER)
+ENCRYPTED_TOO = pytest.mark.parametrize(
+    "scene", [None, mini.SECRET], ids=["plain", "encrypted"], indirect=True
+)
 
 
 def fail_at_every_write(scene: Scene, kind: BackupType, fault: Fault) -> int:
@@ -69,6 +72,7 @@ def test_full_survives_a_failure_of_any_write(scene: Scene, fault: Fault) -> Non
     assert fail_at_every_write(scene, BackupType.FULL, fault) >= 4
 
 
+@ENCRYPTED_TOO
 @pytest.mark.parametrize("fault", RAISING)
 def test_diff_survives_a_failure_of_any_write(scene: Scene, fault: Fault) -> None:
     scene.back_up(BackupType.FULL)
@@ -79,6 +83,7 @@ def test_diff_survives_a_failure_of_any_write(scene: Scene, fault: Fault) -> Non
     scene.check()
 
 
+@ENCRYPTED_TOO
 def test_work_of_a_failed_full_is_not_done_twice(scene: Scene) -> None:
     whole = Scene(scene.root, scene.base / "other").back_up(BackupType.FULL)
     # All but the manifest is written: packs, index, root.
@@ -98,6 +103,7 @@ def number_of_manifest(store: FaultStore) -> int:
     return next(n for n, name in enumerate(store.writes, 1) if name.startswith("manifests/"))
 
 
+@ENCRYPTED_TOO
 def test_killed_at_any_write(scene: Scene) -> None:
     scene.back_up(BackupType.FULL)
     mini.change_state(scene.root, 1)

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterable
+
+import pytest
 
 from dbmodule.errors import LockedError
 from dbmodule.ident import BackupId, BackupType
-from dbmodule.repository.locks import LockTiming
+from dbmodule.ports import Buffer, ProcessIdentity
+from dbmodule.repository.locks import LockTiming, backup_lock
+from dbmodule.repository.repository import Repository
 from tests.fault import mini
-from tests.fault.fault_store import Fault
+from tests.fault.fault_store import Fault, FaultStore
 from tests.fix_scene import Scene, await_stop, backup_process, goes_on_and_fails, run_killed
 
 QUICK = LockTiming(beat=0.1, expiry=0.6)
@@ -27,6 +32,45 @@ def test_a_stopped_owner_is_taken_over_and_cannot_commit(scene: Scene) -> None:
     scene.check()
     mini.change_state(scene.root, 3)
     scene.back_up(BackupType.INCR)
+    scene.check()
+
+
+class Overtaken(FaultStore):
+    """When the first pack is stored another run takes the lock over, and waits to be noticed."""
+
+    def __init__(self, scene: Scene) -> None:
+        super().__init__(scene.store)
+        self._repository = Repository.open(scene.store)
+        self._done = False
+
+    def put_new(self, name: str, chunks: Iterable[Buffer]) -> int:
+        size = super().put_new(name, chunks)
+        if name.startswith("packs/") and not self._done:
+            self._done = True
+            locks = self._repository.locks(Elsewhere(), LockTiming(beat=60, expiry=0))
+            locks.acquire(backup_lock("main"), list, cancelled=lambda: False).release()
+        return size
+
+
+class Elsewhere:
+    """`ports.Processes` of a host that sees nobody run."""
+
+    def me(self) -> ProcessIdentity:
+        return ProcessIdentity("elsewhere", "", "", 1, 0)
+
+    def runs(self, other: ProcessIdentity) -> bool | None:
+        return None
+
+
+@pytest.mark.parametrize("beat", [0.001, 3600])
+def test_who_is_overtaken_stops_whether_it_notices_or_not(scene: Scene, beat: float) -> None:
+    scene.back_up(BackupType.FULL)
+    mini.change_state(scene.root, 1)
+    with pytest.raises(LockedError, match="taken") as caught:
+        scene.back_up(BackupType.DIFF, Overtaken(scene), LockTiming(beat=beat, expiry=7200))
+    assert caught.value.exit_code == 7
+    scene.check()
+    scene.back_up(BackupType.DIFF)
     scene.check()
 
 

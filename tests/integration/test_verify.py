@@ -17,8 +17,10 @@ from dbmodule.errors import DbmoduleError, RepositoryError
 from dbmodule.ident import BackupId, BackupType, SystemId
 from dbmodule.ports import ObjectStore
 from dbmodule.reports import VerifyLevel, VerifyReport
+from dbmodule.repository.encrypted import EncryptedStore
 from dbmodule.repository.locks import PREFIX as LOCKS
 from dbmodule.repository.repository import Repository
+from dbmodule.repository.secret import Secret
 from dbmodule.repository.writer import FrameWriter
 from dbmodule.storage.memory import MemoryStore
 from tests.fault import mini
@@ -32,14 +34,21 @@ Planted = dict[str, bytes | None]
 
 
 class Archive:
-    """A repository of one chain: its objects, and what each backup has to restore to."""
+    """A repository of one chain: its objects, and what each backup has to restore to.
 
-    def __init__(self, source: Path, root: Path, kinds: list[BackupType]) -> None:
+    Faults are planted under the names of the store; what is said of them has plain names.
+    """
+
+    def __init__(
+        self, source: Path, root: Path, kinds: list[BackupType], secret: Secret | None = None
+    ) -> None:
         self.store = MemoryStore()
         self.known: dict[BackupId, dict[str, bytes]] = {}
         self.root = root
         mini.make_mini(source, root)
-        Repository.create(self.store)
+        self.repository = Repository.create(self.store, secret)
+        if self.repository.vault is not None:
+            self.repository.vault.keyring.add(Secret.new(), "another")
         for step, kind in enumerate(kinds, 1):
             manifest = mini.back_up(self.store, root, kind)
             self.known[manifest.backup_id] = mini.contents(root)
@@ -53,7 +62,25 @@ class Archive:
         return [name for name in self.objects if name.startswith(prefix)]
 
     def manifest(self, position: int) -> str:
-        return f"manifests/{mini.CLUSTER}/{self.chain[position]}.json"
+        return self.stored(f"manifests/{mini.CLUSTER}/{self.chain[position]}.json")
+
+    def stored(self, name: str) -> str:
+        """What the store calls an object."""
+        inner = self.repository.store
+        return inner.stored_name(name) if isinstance(inner, EncryptedStore) else name
+
+    def plain(self, name: str) -> str:
+        """What the repository calls an object of the store."""
+        inner = self.repository.store
+        known = {self.stored(plain): plain for plain in inner.list("")}
+        return known.get(name, name)
+
+    def opens(self, name: str) -> bool:
+        """Can nothing be read without this object?"""
+        vault = self.repository.vault
+        return name == DESCRIPTION or (
+            vault is not None and name == f"keys/{vault.keyring.key_id}.json"
+        )
 
     def with_planted(self, planted: Planted) -> ObjectStore:
         return DamagedStore(self.store, planted)
@@ -66,19 +93,31 @@ def stopped_cluster(clusters: Clusters) -> Path:
     return cluster.datadir
 
 
+@pytest.fixture(scope="module", params=[None, mini.SECRET], ids=["plain", "encrypted"])
+def secret(request: pytest.FixtureRequest) -> Secret | None:
+    found: Secret | None = request.param
+    return found
+
+
 @pytest.fixture(scope="module")
-def archive(stopped_cluster: Path, tmp_path_factory: pytest.TempPathFactory) -> Archive:
+def archive(
+    stopped_cluster: Path, tmp_path_factory: pytest.TempPathFactory, secret: Secret | None
+) -> Archive:
     """Full, differential and incremental, in several packs each."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FrameWriter, "PACK_BYTES", PACK_BYTES)
         root = tmp_path_factory.mktemp("archive") / "data"
-        return Archive(stopped_cluster, root, [BackupType.FULL, BackupType.DIFF, BackupType.INCR])
+        kinds = [BackupType.FULL, BackupType.DIFF, BackupType.INCR]
+        return Archive(stopped_cluster, root, kinds, secret)
 
 
 @pytest.fixture(scope="module")
-def single(stopped_cluster: Path, tmp_path_factory: pytest.TempPathFactory) -> Archive:
+def single(
+    stopped_cluster: Path, tmp_path_factory: pytest.TempPathFactory, secret: Secret | None
+) -> Archive:
     """One full backup."""
-    return Archive(stopped_cluster, tmp_path_factory.mktemp("single") / "data", [BackupType.FULL])
+    root = tmp_path_factory.mktemp("single") / "data"
+    return Archive(stopped_cluster, root, [BackupType.FULL], secret)
 
 
 def faults(data: bytes, seed: int) -> Iterator[tuple[str, bytes | None]]:
@@ -111,24 +150,26 @@ def test_sound_repository_is_sound(archive: Archive) -> None:
     assert sorted(report.backups) == sorted(archive.chain)
     # Every object was read, to the last byte; the description was read when it was opened.
     assert report.objects_checked == len(archive.objects) - 1
-    assert report.bytes_read == sum(
-        len(data) for name, data in archive.objects.items() if name != DESCRIPTION
-    )
+    inner = archive.repository.store
+    sizes = [inner.size(n) for n in inner.list("") if n != DESCRIPTION and not n.startswith(LOCKS)]
+    sizes += [len(archive.objects[name]) for name in archive.named("keys/")]
+    assert report.bytes_read == sum(sizes)
 
 
 @pytest.mark.parametrize("level", [VerifyLevel.NORMAL, VerifyLevel.FULL])
 def test_every_fault_in_every_object_is_found(archive: Archive, level: VerifyLevel) -> None:
     for number, (name, data) in enumerate(archive.objects.items()):
         for what, damaged in faults(data, number):
-            if name == DESCRIPTION:
-                continue
-            if name == archive.manifest(-1) and damaged is None:
+            if archive.opens(name):
+                continue  # see below
+            if damaged is None and (name == archive.manifest(-1) or name.startswith("keys/")):
                 continue  # a backup without its manifest does not exist: see below
             report = mini.verify_all(archive.with_planted({name: damaged}), level)
             where = f"{name}: {what}"
             assert report.status == "damaged", where
-            gone = name.rpartition("/")[2].removesuffix(".json")
-            expected = name if damaged is not None or name.startswith("packs/") else gone
+            plain = archive.plain(name)
+            gone = plain.rpartition("/")[2].removesuffix(".json")
+            expected = plain if damaged is not None or name.startswith("packs/") else gone
             if name.startswith("index/") and damaged is None:
                 expected = "no index segment lists it"
             assert expected in named_damage(report), where
@@ -137,28 +178,31 @@ def test_every_fault_in_every_object_is_found(archive: Archive, level: VerifyLev
 def test_every_byte_of_small_objects_counts(single: Archive) -> None:
     flipped = 0
     for name, data in single.objects.items():
-        if name == DESCRIPTION or len(data) > 1500:
+        if single.opens(name) or len(data) > 1500:
             continue
+        plain = single.plain(name)
         for place in range(len(data)):
             planted: Planted = {name: flip(data, place, 1 << place % 8)}
             report = mini.verify_all(single.with_planted(planted))
-            assert name in named_damage(report), f"{name}: byte {place}"
+            assert plain in named_damage(report), f"{name}: byte {place}"
             flipped += 1
     assert flipped > 500
 
 
-def test_damaged_description_is_a_clear_error(single: Archive) -> None:
-    data = single.objects[DESCRIPTION]
-    planted = [damaged for _, damaged in faults(data, 0)]
-    planted += [flip(data, place, 1 << place % 8) for place in range(len(data))]
-    for damaged in planted:
-        store = single.with_planted({DESCRIPTION: damaged})
-        with pytest.raises(RepositoryError) as caught:
-            mini.verify_all(store)
-        assert caught.value.exit_code == 5
-        assert caught.value.message
-        with pytest.raises(RepositoryError):
-            mini.back_up(store, single.root, BackupType.FULL)
+def test_damage_to_what_opens_it_is_a_clear_error(single: Archive) -> None:
+    for name, data in single.objects.items():
+        if not single.opens(name):
+            continue
+        planted = [damaged for _, damaged in faults(data, 0)]
+        planted += [flip(data, place, 1 << place % 8) for place in range(len(data))]
+        for damaged in planted:
+            store = single.with_planted({name: damaged})
+            with pytest.raises(RepositoryError) as caught:
+                mini.verify_all(store)
+            assert caught.value.exit_code == 5
+            assert caught.value.message
+            with pytest.raises(RepositoryError):
+                mini.back_up(store, single.root, BackupType.FULL)
 
 
 def test_objects_in_each_others_place_are_found(archive: Archive) -> None:
@@ -166,28 +210,31 @@ def test_objects_in_each_others_place_are_found(archive: Archive) -> None:
         for a, b in combinations(archive.named(prefix), 2):
             planted: Planted = {a: archive.objects[b], b: archive.objects[a]}
             said = named_damage(mini.verify_all(archive.with_planted(planted)))
-            assert a in said, (a, b)
-            assert b in said, (a, b)
+            assert archive.plain(a) in said, (a, b)
+            assert archive.plain(b) in said, (a, b)
             # One of them in both places: a stale copy was put back.
             said = named_damage(mini.verify_all(archive.with_planted({a: archive.objects[b]})))
-            assert a in said, (a, b)
+            assert archive.plain(a) in said, (a, b)
 
 
 def test_manifest_under_another_id_is_found(archive: Archive) -> None:
     known, other = archive.manifest(0), BackupId("20200101-000000-full-abcdef")
     name = f"manifests/{mini.CLUSTER}/{other}.json"
-    report = mini.verify_all(archive.with_planted({name: archive.objects[known]}))
+    stored = archive.stored(name)
+    report = mini.verify_all(archive.with_planted({stored: archive.objects[known]}))
     assert report.status == "damaged"
     assert name in named_damage(report)
 
 
 def test_name_of_another_cluster_is_found(archive: Archive, single: Archive) -> None:
     """A binding that is whole, and tied by the same key, but to another database cluster."""
-    repository = Repository.open(archive.store)
     other = MemoryStore()
-    Repository(other, repository.id, repository.key).bind(mini.CLUSTER, SystemId(42))
+    for opens in filter(archive.opens, archive.objects):
+        other.put_new(opens, [archive.objects[opens]])
+    mini.opened(other).bind(mini.CLUSTER, SystemId(42))
     name = f"clusters/{mini.CLUSTER}.json"
-    report = mini.verify_all(archive.with_planted({name: other.get(name)}))
+    stored = archive.stored(name)
+    report = mini.verify_all(archive.with_planted({stored: other.get(stored)}))
     assert name in named_damage(report)
 
 
@@ -252,3 +299,13 @@ def test_damaged_index_costs_space_only(archive: Archive, tmp_path: Path) -> Non
                 target = tmp_path / str(manifest.backup_id)
                 mini.restore_to(store, manifest.backup_id, target)
                 assert mini.restored_contents(target, before) == before
+
+
+def test_what_nobody_with_the_key_has_put_there_is_found(
+    stopped_cluster: Path, tmp_path: Path
+) -> None:
+    made = Archive(stopped_cluster, tmp_path / "data", [BackupType.FULL], mini.SECRET)
+    known = made.manifest(0)
+    for name in (known + "x", "manifests/abc", "index/" + known.rpartition("/")[2], "new/a"):
+        report = mini.verify_all(made.with_planted({name: made.objects[known]}))
+        assert [found.object for found in report.damage] == [name]

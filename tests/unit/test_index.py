@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -275,6 +276,27 @@ def segment_with(change: dict[str, int], pack_change: dict[str, int]) -> MemoryS
 )
 def test_a_wrong_entry_costs_only_space(entry: dict[str, int], pack: dict[str, int]) -> None:
     assert stored_after(segment_with(entry, pack)) == 2
+
+
+class Vanishing(MemoryStore):
+    """Lists objects that an expiry removes right then."""
+
+    def list(self, prefix: str) -> Iterator[str]:
+        return iter([*super().list(prefix), f"{prefix}{'0' * 64}"])
+
+
+def test_a_segment_that_is_removed_while_it_is_used_is_as_none() -> None:
+    store = MemoryStore()
+    assert stored_after(store) == 2
+    frames = writer(store)
+    (name,) = store.list(index.PREFIX)
+    store.delete(name)
+    data = chunk(1) + chunk(2)
+    frames.store_pages(data, frames.hashes(data))
+    frames.flush()
+    assert frames.counts.pages_stored == 2
+    frames.close()
+    assert stored_after(Vanishing()) == 2
 
 
 def test_a_wrong_size_is_noticed_though_the_footer_is_at_hand() -> None:

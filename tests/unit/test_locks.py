@@ -135,6 +135,24 @@ def test_a_run_of_this_very_process_that_failed_to_give_back_is_not_in_the_way(
         assert lock.epoch.number == 2
 
 
+def test_what_could_not_be_given_back_is_when_the_store_can_be_reached_again(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put = repository.store.put_new
+    with acquire(repository.locks(LocalProcesses(), QUICK)):
+        monkeypatch.setattr(repository.store, "put_new", refuse)
+    monkeypatch.setattr(repository.store, "put_new", put)
+    others = repository.locks(Elsewhere(runs=True))
+    for _ in range(100):
+        newest = others.newest(NAME)
+        if newest is not None and newest.ended:
+            break
+        threading.Event().wait(0.05)
+    with acquire(others, BackupId("other")) as lock:
+        assert lock.epoch.number == 2
+    assert repository.taken_ids("main") == []
+
+
 def refuse(*_: object) -> int:
     raise RepositoryError("refused")
 

@@ -22,13 +22,25 @@ from dbmodule_cli.output import Printer
 )
 @click.option("--dsn", help="libpq connection string; PGHOST, PGSERVICE … fill in the rest.")
 @click.option(
+    "--key-file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Encrypt a new repository with the master key in this file; made if there is none.",
+)
+@click.option(
     "--extension/--no-extension",
     default=True,
     show_default=True,
     help="Install the SQL functions in the server.",
 )
 @pass_invocation
-def command(invocation: Invocation, pgdata: Path | None, dsn: str | None, extension: bool) -> None:
+def command(
+    invocation: Invocation,
+    pgdata: Path | None,
+    dsn: str | None,
+    key_file: Path | None,
+    extension: bool,
+) -> None:
     """Set up backups of a cluster; safe to run again.
 
     Detects the server, creates the repository that --repo names, installs the extension and writes
@@ -40,7 +52,9 @@ def command(invocation: Invocation, pgdata: Path | None, dsn: str | None, extens
     path = (config_path(invocation.config_file) or Path("dbmodule.toml")).absolute()
     invocation.stopped_state = "Run init again: it goes on from what was done."
     config = invocation.load_config(
-        server={"pgdata": pgdata and pgdata.absolute(), "dsn": dsn}, missing_ok=True
+        server={"pgdata": pgdata and pgdata.absolute(), "dsn": dsn},
+        key_file=key_file and key_file.absolute(),
+        missing_ok=True,
     )
     report = invocation.open_app(config).init(config_path=path, extension=extension)
     invocation.report(as_document(report), lambda printer: _show(printer, report))
@@ -52,6 +66,7 @@ def _show(printer: Printer, report: InitReport) -> None:
         [
             ("server", f"PostgreSQL {report.server_version}, system {report.system_identifier}"),
             ("repository", f"{report.repository} ({created}, id {report.repository_id})"),
+            ("encryption", "on" if report.encrypted else "off"),
             ("cluster", report.cluster),
             ("extension", report.extension),
             ("configuration", report.config),
