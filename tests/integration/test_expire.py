@@ -64,7 +64,7 @@ def remove(scene: Scene, backups: Iterable[BackupId], **options: Any) -> ExpireR
 
 
 def objects(scene: Scene) -> set[str]:
-    return set(scene.store.list(""))
+    return set(Repository.open(scene.store).store.list(""))
 
 
 def test_what_nothing_needs_goes_and_the_rest_stays(scene: Scene) -> None:
@@ -475,7 +475,7 @@ def leftovers(scene: Scene) -> set[str]:
     usage = usage_of(scene)
     needed = {name_of(pack) for pack in usage.needed}
     needed |= {name_of_husk(pack) for pack in usage.referenced & usage.husks}
-    lasting = ("locks/", "clusters/", "repository.json", "index/")
+    lasting = ("locks/", "clusters/", "repository.json", "index/", "keys/")
     return {
         name
         for name in objects(scene)
