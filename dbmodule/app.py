@@ -111,6 +111,7 @@ class App:
             )
         report = listing.to_report(taken.manifest)
         if not options.dry_run:
+            environment.repository.tidy_index(cancelled)
             return report
         return DryRunReport(
             **{f.name: getattr(report, f.name) for f in dataclasses.fields(report)},

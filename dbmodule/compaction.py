@@ -104,10 +104,10 @@ def rewrite(
     seal()
     written = sum(footer.object_size for footer in footers)
     if footers:
-        name, chunks = index.encode(footers, repository.key)
-        before_write()
-        with suppress(ObjectExistsError):
-            written += repository.store.put_new(name, chunks)
+        for name, chunks in index.encode(footers, repository.key):
+            before_write()
+            with suppress(ObjectExistsError):
+                written += repository.store.put_new(name, chunks)
     for number, ref in enumerate(packs):
         if number not in damaged:
             start = ref.size - TRAILER.size - ref.footer

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
 from typing import Literal
 
 from dbmodule.ident import BlockNo
@@ -136,6 +137,7 @@ def contents_excluded(directory: str) -> bool:
     return parts[0] in _EXCLUDED_ROOTS or any(part.startswith(_TEMPORARY_PREFIX) for part in parts)
 
 
+@lru_cache(maxsize=64)  # of one path it is asked several times, a moment after each other
 def relation(path: str) -> RelationFile | None:
     """The relation file that `path` names, or None; temporary relations are none."""
     match = _RELATION.fullmatch(path)

@@ -29,14 +29,14 @@ from dbmodule.errors import (
 from dbmodule.ident import BackupId
 from dbmodule.manifest import Manifest
 from dbmodule.parallel import in_order
-from dbmodule.ports import Cancelled, Progress
+from dbmodule.ports import Cancelled, Progress, never_cancelled
 from dbmodule.reports import ExpireReport
-from dbmodule.repository import index
 from dbmodule.repository.condemned import BackupName, Sentence
 from dbmodule.repository.holds import read_holds
 from dbmodule.repository.husk import name_of_husk
 from dbmodule.repository.locks import BACKUP, EXPIRE, Lock, Locks
-from dbmodule.repository.pack import Footer, PackId, name_of
+from dbmodule.repository.merge import tidy
+from dbmodule.repository.pack import PackId, name_of
 from dbmodule.repository.repository import Repository, manifest_name
 from dbmodule.repository.usage import Usage
 
@@ -324,7 +324,9 @@ class _Expiry:
         self._remove(lock, [name_of(pack) for pack in packs & usage.present])
         husks = packs & usage.husks - usage.referenced
         self._remove(lock, [name_of_husk(pack) for pack in husks])
-        self._clean_index(lock, packs)
+        lock.ensure_held()
+        # An entry that leads nowhere would hide one that does not.
+        tidy(self._store, self._repository.key, never_cancelled, everything=True)
         for sentence in old:
             self._condemned.finish(sentence)
 
@@ -336,31 +338,6 @@ class _Expiry:
         removals = in_order(remove, sorted(names), threads=_THREADS, name="expire")
         for done, _ in enumerate(removals, 1):
             self._progress("packs", done, len(names))
-
-    def _clean_index(self, lock: Lock, gone: Collection[PackId]) -> None:
-        """Write segments that list packs which are `gone` anew without them.
-
-        An entry that leads nowhere would hide one that does not.
-        """
-        for name in list(self._store.list(index.PREFIX)):
-            try:
-                listed = index.packs_of(self._store, name)
-            except CorruptObjectError as error:
-                log.warning("a segment of the index is left as it is: %s", error)
-                continue
-            if all(ref.pack not in gone for ref in listed):
-                continue
-            footers: list[Footer] = []
-            for ref in listed:
-                if ref.pack not in gone:
-                    with suppress(ObjectMissingError, CorruptObjectError):
-                        footers.append(self._repository.frames.footer(ref))
-            if footers:
-                new, chunks = index.encode(footers, self._repository.key)
-                with suppress(ObjectExistsError):
-                    self._store.put_new(new, chunks)
-            lock.ensure_held()
-            self._store.delete(name)
 
     def _count(self, what: str, packs: Collection[PackId]) -> None:
         def size(pack: PackId) -> int:

@@ -11,7 +11,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 BATCH_BYTES = 8 << 20
-BATCH_FILES = 64
+BATCH_FILES = 256
 
 
 def batches(items: Iterable[T], size_of: Callable[[T], int]) -> Iterator[list[T]]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dbmodule import lineage, wal
+from dbmodule.backup.earlier import SamePages
 from dbmodule.backup.values import Pages
 from dbmodule.chain import chain_of
 from dbmodule.delta import FRAME_PAGES, ZERO_FRAME, Refs
@@ -191,6 +192,9 @@ class ChainBaseline:
                 here = stored[(places == (pack, frame)).all(axis=1)]
                 pages[here] = self._frame(pack, frame)[refs["slot"][here]]
         return pages
+
+    def same_pages(self, path: str, unit: int, data: memoryview) -> SamePages | None:
+        return None
 
     def _frame(self, pack: int, frame: int) -> Pages:
         """The pages of a frame; a thread keeps the last few: those of a delta are scattered."""

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
 
 import numpy as np
 
 from dbmodule import datafile
 from dbmodule.backup.batch import REREAD_SECONDS, Batch, OddPageError
-from dbmodule.backup.collect import Chunks, Collector
+from dbmodule.backup.collect import Chunks
 from dbmodule.backup.relation import BATCH_BYTES, BATCH_PAGES, RelationCopy
-from dbmodule.backup.values import BaselineView, CopyResult, CopySettings
+from dbmodule.backup.small import SMALL_BYTES, copy_together
+from dbmodule.backup.values import BaselineView, CopyResult, CopySettings, PlannedFile
+from dbmodule.delta import EXTENT
 from dbmodule.errors import CancelledError, SourceError
 from dbmodule.ident import PAGE_SIZE
 from dbmodule.ports import Cancelled, DataDirectory, SourceFile
@@ -23,6 +26,10 @@ from dbmodule.registry import HASH, MARK, EntryFlag, EntryKind, Hashes, settled
 from dbmodule.repository.tables import FileEntry
 from dbmodule.repository.writer import FrameWriter
 from dbmodule.selfchecked import is_sound
+
+_NO_EXTENTS = np.empty(0, EXTENT)
+_NO_MARKS = np.empty(0, MARK)
+_NO_HASHES = np.empty(0, HASH)
 
 
 class Copier:
@@ -42,6 +49,21 @@ class Copier:
         self._baseline = baseline
         self._cancelled = cancelled
         self._local = threading.local()
+
+    def copy_batch(self, files: Sequence[PlannedFile]) -> list[CopyResult | None]:
+        """As `copy` of each of some files, in their order."""
+        small = [
+            path
+            for path, kind, size in files
+            if size <= SMALL_BYTES
+            and kind in (datafile.Kind.RELATION, datafile.Kind.CONTENT)
+            and self._baseline.entry(path) is None
+            and datafile.relation(path) is not None
+        ]
+        together = copy_together(
+            small, self._directory, self._frames, self._settings, self._buffer()
+        )
+        return [together.get(path) or self.copy(path, kind) for path, kind, _ in files]
 
     def copy(self, path: str, kind: datafile.Kind) -> CopyResult | None:
         """Read and store `path`; None when it is not there any more."""
@@ -82,7 +104,6 @@ class Copier:
         )
 
     def _skipped(self, file: SourceFile, before: FileEntry) -> CopyResult:
-        none = Collector(self._frames).extents()
         return CopyResult(
             before.path,
             before.kind,
@@ -91,8 +112,8 @@ class Copier:
             True,
             before.size,
             overlay=True,
-            extents=none,
-            prints=np.empty(0, MARK if before.kind is EntryKind.RELATION else HASH),
+            extents=_NO_EXTENTS,
+            prints=_NO_MARKS if before.kind is EntryKind.RELATION else _NO_HASHES,
             blocks=-(-before.size // PAGE_SIZE),
             skipped=True,
             unchanged=True,
@@ -110,7 +131,7 @@ class Copier:
             settled(identity.mtime_ns, self._settings.called_ns),
             0,
             overlay=before is not None,
-            extents=Collector(self._frames).extents(),
+            extents=_NO_EXTENTS,
             prints=None,
         )
 

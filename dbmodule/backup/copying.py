@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 from dbmodule import datafile
 from dbmodule.backup.batch import Suspect
 from dbmodule.backup.copier import Copier
-from dbmodule.backup.values import CopyResult
-from dbmodule.datafile import Kind
+from dbmodule.backup.values import CopyResult, PlannedFile
 from dbmodule.errors import CancelledError
 from dbmodule.ident import Lsn
 from dbmodule.parallel import batches, in_order
@@ -22,7 +21,6 @@ from dbmodule.repository.tables import FileEntry, TableWriter
 
 ALIVE_SECONDS = 2.0
 
-PlannedFile = tuple[str, Kind, int]
 RelationKey = tuple[int, int, int, str]
 """Tablespace, database, relfilenode, fork."""
 
@@ -104,11 +102,8 @@ def copy_files(
     listed = 0
     asked = time.monotonic()
 
-    def run(batch: list[PlannedFile]) -> list[CopyResult | None]:
-        return [copier.copy(path, kind) for path, kind, _ in batch]
-
     grouped = batches(files, lambda file: file[2])
-    running = in_order(run, grouped, threads=threads, name="copy")
+    running = in_order(copier.copy_batch, grouped, threads=threads, name="copy")
     with closing(running):
         for batch, results in running:
             for file, result in zip(batch, results, strict=True):

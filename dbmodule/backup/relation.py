@@ -151,6 +151,7 @@ class RelationCopy:
     def _store(self, batch: Batch, changed: NDArray[np.bool_], zero: NDArray[np.bool_]) -> None:
         """Store changed pages: full units of the file as runs, scattered pages gathered."""
         rows = np.frombuffer(batch.view, np.uint8).reshape(-1, PAGE_SIZE)
+        runs: dict[int, list[tuple[NDArray[np.int64], memoryview]]] = {}
         for offset in range(0, len(changed), FRAME_PAGES):
             unit = slice(offset, min(offset + FRAME_PAGES, len(changed)))
             numbers, empty = batch.numbers[unit], changed[unit] & zero[unit]
@@ -158,9 +159,36 @@ class RelationCopy:
             full = len(numbers) == FRAME_PAGES and self._detector != "wal"
             if mask.any() and changed[unit].all() and (full or self._before is None):
                 data = batch.view[unit.start * PAGE_SIZE : unit.stop * PAGE_SIZE]
-                self._collector.add(numbers, self._frames.store_run(data))
+                runs.setdefault(len(numbers), []).append((numbers, data))
                 continue
             if empty.any():
                 self._collector.add(numbers[empty], zero_refs(int(empty.sum())))
             if mask.any():
                 self._collector.gather(numbers[mask], rows[unit][mask])
+        for same_length in runs.values():
+            found = self._frames.find_runs([data for _, data in same_length])
+            for (numbers, data), (digest, refs) in zip(same_length, found, strict=True):
+                if refs is not None:
+                    self._collector.add(numbers, refs)
+                elif not self._refer(numbers, data):
+                    self._collector.add(numbers, self._frames.add_run(data, digest))
+
+    def _refer(self, numbers: NDArray[np.int64], data: memoryview) -> bool:
+        """Store of a run only what an earlier backup does not have at the same place, if it has
+        the most of it."""
+        unit = int(numbers[0]) // FRAME_PAGES
+        found = self._baseline.same_pages(self._result.path, unit, data)
+        if found is None:
+            return False
+        numbers_of_packs = np.unique(found.refs["pack"]).tolist()
+        if self._frames.avoids(found.packs[pack] for pack in numbers_of_packs):
+            return False
+        refs = found.refs.copy()
+        for pack in numbers_of_packs:
+            refs["pack"][found.refs["pack"] == pack] = self._frames.refer(found.packs[pack])
+        self._collector.add(numbers[found.same], refs)
+        new = ~found.same
+        if new.any():
+            rows = np.frombuffer(data, np.uint8).reshape(-1, PAGE_SIZE)
+            self._collector.gather(numbers[new], rows[new])
+        return True

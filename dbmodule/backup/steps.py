@@ -17,6 +17,7 @@ from dbmodule.backup.baseline import Position
 from dbmodule.backup.batch import Suspect
 from dbmodule.backup.copier import Copier
 from dbmodule.backup.copying import CopyTotals, add_result, copy_files
+from dbmodule.backup.earlier import earlier_pages
 from dbmodule.backup.plan import make_plan
 from dbmodule.backup.values import BaselineView, CopySettings, NoBaseline
 from dbmodule.chain import choose_baseline
@@ -310,7 +311,8 @@ class Run(ABC):
         The scan detector takes over where WAL summaries leave a gap.
         """
         if chosen.view is None:
-            return NoBaseline(), chosen.detector, chosen.reason
+            earlier = earlier_pages(self.env.repository, self.env.cluster, now.system_identifier)
+            return NoBaseline(earlier), chosen.detector, chosen.reason
         ancestry.check_history(chosen.chain[-1], now)
         if chosen.detector == "wal":
             with self.phases("summaries"):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dbmodule.backup.batch import Suspect
+from dbmodule.backup.earlier import EarlierPages, SamePages
+from dbmodule.datafile import Kind
 from dbmodule.delta import Extents
 from dbmodule.ident import PAGE_SIZE, Lsn
 from dbmodule.registry import HASH, MARK, EntryFlag, EntryKind, FileIdentity, Hashes, Marks
@@ -17,6 +20,8 @@ from dbmodule.walsummary import ChangedBlocks
 
 Pages = NDArray[np.uint8]
 """Shape (pages, 8192)."""
+PlannedFile = tuple[str, Kind, int]
+"""Path, kind and listed size."""
 
 
 class BaselineView(Protocol):
@@ -48,6 +53,10 @@ class BaselineView(Protocol):
         """The same pages themselves, read from the repository; fewer at the file's end."""
         ...
 
+    def same_pages(self, path: str, unit: int, data: memoryview) -> SamePages | None:
+        """Pages of a unit that a full need not store, since an earlier backup has them."""
+        ...
+
 
 class NoBaseline:
     """The view of a full backup, which builds on nothing: no file has an entry."""
@@ -58,6 +67,9 @@ class NoBaseline:
     foreign = False
     unsound = False
     changed: ChangedBlocks | None = None
+
+    def __init__(self, earlier: EarlierPages | None = None) -> None:
+        self._earlier = earlier
 
     def entry(self, path: str) -> FileEntry | None:
         return None
@@ -74,6 +86,9 @@ class NoBaseline:
     def unit_pages(self, path: str, unit: int) -> Pages:
         return np.empty((0, PAGE_SIZE), np.uint8)
 
+    def same_pages(self, path: str, unit: int, data: memoryview) -> SamePages | None:
+        return None if self._earlier is None else self._earlier.same_pages(path, unit, data)
+
 
 @dataclass(frozen=True, slots=True)
 class CopySettings:
@@ -85,6 +100,17 @@ class CopySettings:
     data_checksums: bool
     wal_segment_size: int
     blocks_per_segment: int
+
+
+# Adding flags up takes an enum longer than all else that an unchanged file costs here.
+_FLAGS = {
+    (identity, overlay, unchanged): EntryFlag(
+        EntryFlag.IDENTITY * identity
+        | EntryFlag.OVERLAY * overlay
+        | EntryFlag.UNCHANGED * unchanged
+    )
+    for identity, overlay, unchanged in product((False, True), repeat=3)
+}
 
 
 @dataclass(slots=True)
@@ -113,12 +139,6 @@ class CopyResult:
     suspects: list[Suspect] = field(default_factory=list)
 
     def flags(self) -> EntryFlag:
-        flags = EntryFlag.NONE
         # A file with a page that failed its checksum is looked at again every time.
-        if self.identity_valid and not self.suspects:
-            flags |= EntryFlag.IDENTITY
-        if self.overlay:
-            flags |= EntryFlag.OVERLAY
-        if self.unchanged:
-            flags |= EntryFlag.UNCHANGED
-        return flags
+        identity = self.identity_valid and not self.suspects
+        return _FLAGS[identity, self.overlay, self.unchanged]

@@ -27,6 +27,7 @@ from dbmodule.catalog.tables import (
 from dbmodule.ident import BackupId
 from dbmodule.manifest import Corruption
 from dbmodule.ports import BackupRecord, LineageMark
+from dbmodule.registry import RelationRow
 
 # A cast to bigint, since the client's driver has no type for xid. The raw value stays readable in
 # a frozen row, and VACUUM FULL keeps it.
@@ -83,9 +84,10 @@ class SqlCatalog:
                 link = {"backup_id": record.backup_id, "baseline_id": record.baseline_id}
                 connection.execute(insert(backup_dependency), link)
             key = {"backup_id": record.backup_id}
+            names = [f.name for f in dataclasses.fields(RelationRow)]
             for start in range(0, len(relations), _ROWS):
                 part = relations[start : start + _ROWS]
-                rows = [key | dataclasses.asdict(relation) for relation in part]
+                rows = [key | {name: getattr(row, name) for name in names} for row in part]
                 connection.execute(insert(backup_relation), rows)
             if corruption:
                 connection.execute(insert(corrupt_page), [key | _page(page) for page in corruption])

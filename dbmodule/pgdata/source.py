@@ -34,7 +34,7 @@ def host_name() -> str:
     return socket.gethostname()
 
 
-def _failed(path: Path, error: OSError) -> SourceError:
+def _failed(path: Path | str, error: OSError) -> SourceError:
     return SourceError(
         f"cannot read {path}: {error.strerror}",
         hint="Run as the operating system user that owns the data directory, and check the disk.",
@@ -44,7 +44,7 @@ def _failed(path: Path, error: OSError) -> SourceError:
 class LocalFile:
     """An open file of the data directory."""
 
-    def __init__(self, path: Path, descriptor: int) -> None:
+    def __init__(self, path: str, descriptor: int) -> None:
         self._path = path
         self._descriptor = descriptor
         try:
@@ -82,7 +82,7 @@ class LocalDataDirectory:
         self._version_directory = version_directory
 
     def open(self, path: str) -> LocalFile | None:
-        full = self._root / path
+        full = os.path.join(self._root, path)
         try:
             descriptor = os.open(full, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except (FileNotFoundError, NotADirectoryError):

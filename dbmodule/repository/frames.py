@@ -39,12 +39,12 @@ def _decompressor() -> zstandard.ZstdDecompressor:
 
 
 class FrameReader:
-    """Frames of a repository's packs. Safe for threads; keeps a bounded number of footers.
+    """Frames of a repository's packs. Safe for threads; keeps footers up to a number of bytes.
 
     A pack that is not there is looked for by its husk, which says where its frames are now.
     """
 
-    FOOTERS = 512
+    FOOTER_BYTES = 32 << 20
     HUSKS = 64
 
     def __init__(self, store: ObjectStore, key: bytes) -> None:
@@ -52,8 +52,10 @@ class FrameReader:
         self._key = key
         self._documents = Documents(store, key)
         self._footers: OrderedDict[str, Footer] = OrderedDict()
+        self._footer_bytes = 0
         self._husks: OrderedDict[str, Husk] = OrderedDict()
         self._lock = threading.Lock()
+        self._local = threading.local()
 
     def footer(self, ref: PackRef) -> Footer:
         """The authenticated table of contents; `CorruptObjectError`, `ObjectMissingError`."""
@@ -74,9 +76,11 @@ class FrameReader:
         if footer.object_size != ref.size:
             raise CorruptObjectError(f"{name}: is referred to with the wrong size")
         with self._lock:
-            self._footers[ref.pack] = footer
-            while len(self._footers) > self.FOOTERS:
-                self._footers.popitem(last=False)
+            if ref.pack not in self._footers:
+                self._footers[ref.pack] = footer
+                self._footer_bytes += footer.length
+            while self._footer_bytes > self.FOOTER_BYTES and len(self._footers) > 1:
+                self._footer_bytes -= self._footers.popitem(last=False)[1].length
         return footer
 
     def husk(self, pack: PackId) -> Husk | None:
@@ -103,7 +107,7 @@ class FrameReader:
 
     def frame(self, ref: PackRef, number: int) -> bytes:
         """The raw bytes of one frame."""
-        ((_, raw),) = self.frames(ref, [number], 0, 0)
+        ((_, raw),) = self._read(ref, [number], 0, 0)
         return raw
 
     def frames(
@@ -113,6 +117,19 @@ class FrameReader:
 
         Reads join frames that are at most `gap_bytes` apart, up to about `read_bytes`.
         """
+        if len(numbers) == 1:
+            # Files that share a frame come one after the other.
+            held: tuple[str, int, bytes] | None = getattr(self._local, "frame", None)
+            if held is None or held[:2] != (ref.pack, numbers[0]):
+                held = ref.pack, numbers[0], self.frame(ref, numbers[0])
+                self._local.frame = held
+            yield numbers[0], held[2]
+        else:
+            yield from self._read(ref, numbers, read_bytes, gap_bytes)
+
+    def _read(
+        self, ref: PackRef, numbers: Sequence[int], read_bytes: int, gap_bytes: int
+    ) -> Iterator[tuple[int, bytes]]:
         footer = self.footer(ref)
         done = 0
         try:

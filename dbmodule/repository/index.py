@@ -1,28 +1,36 @@
-"""The content index: from the hash of a frame or page to where its bytes already are.
+"""Segments of the content index: which frame or page, by its hash, lies where.
 
-    segment = header, pack table, fan-out, entries, hash
-    header  = magic "DBMINDX1", format u32, packs u32, entries u64                    (24 bytes)
-    packs   = per pack: id 32, object size u64, footer length u32                     (44 bytes)
-    fan-out = 257 x u32: entries whose first hash byte is below i start at fan-out[i]
-    entries = hash 16, pack u32 (row of the pack table), frame << 8 | slot u32        (24 bytes)
-    hash    = keyed BLAKE3 of all before                                              (32 bytes)
+    segment   = header, directory, replaced, head hash, packs, entries, hash
+    header    = magic "DBMINDX2", format u32, packs u32, entries u64, first u32, last u32,
+                replaced u32, zero u32, hash of the pack table 16                     (56 bytes)
+    directory = per block of 256 entries: prefix u32 of its first entry
+    replaced  = per segment whose entries this one repeats: first half of its id      (16 bytes)
+    head hash = keyed BLAKE3 of all before, first half                                (16 bytes)
+    packs     = per pack: id 32, object size u64, footer length u32                   (44 bytes)
+    entries   = hash 16, pack u32 (row of the pack table), frame << 8 | slot u32      (24 bytes)
+    hash      = keyed BLAKE3 of all before                                            (32 bytes)
 
-Entries are sorted by hash; slot 255 means the whole frame. Invariant: the index is a hint and
-never the truth. A hit counts only after the pack's own footer, which is authenticated by the
-pack's name, has confirmed it. So a stale or damaged index can cost space, never a byte of data.
+The *prefix* of a hash is its first four bytes as a big-endian number. A segment covers the hashes
+whose prefixes are `first` to `last`, has one entry for a hash at most (two where it is a frame's
+and a page's), in ascending order, and no more than `SEGMENT_ENTRIES` of them, so it fits into one
+put: a longer sorted run is several segments, each with a range of its own. Slot 255 means the
+whole frame.
+
+Invariant: the index is a hint and never the truth. A hit counts only after the pack's own footer,
+which is authenticated by the pack's name, has confirmed it. So a stale or damaged index can cost
+space, never a byte of data. Look-ups are in `lookup`, merging in `merge`.
 """
 
 from __future__ import annotations
 
-import logging
 import struct
-import threading
-from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from blake3 import blake3
 from numpy.typing import NDArray
 
 from dbmodule.errors import CorruptObjectError, FormatVersionError, ObjectMissingError
@@ -31,17 +39,27 @@ from dbmodule.registry import HASH_BYTES
 from dbmodule.repository.document import FORMAT
 from dbmodule.repository.pack import Footer, PackId, keyed
 
-log = logging.getLogger(__name__)
-
 PREFIX = "index/"
-MAGIC = b"DBMINDX1"
-HEADER = struct.Struct("<8sIIQ")
+MAGIC = b"DBMINDX2"
+HEADER = struct.Struct("<8sIIQIIII16s")
 PACK = np.dtype([("id", "V32"), ("size", "<u8"), ("footer", "<u4")])
-# numpy orders S16 as memcmp does, V16 not at all.
-ENTRY = np.dtype([("hash", "S16"), ("pack", "<u4"), ("place", "<u4")])
-FAN_OUT = 257
+# The hash as two big-endian halves: so numbers sort as the byte strings do.
+ENTRY = np.dtype([("high", ">u8"), ("low", ">u8"), ("pack", "<u4"), ("place", "<u4")])
 WHOLE = 255
 """As a slot: the frame as a whole, not one of its pages."""
+BLOCK_ENTRIES = 256
+SEGMENT_ENTRIES = 1 << 20
+LAST_PREFIX = 0xFFFFFFFF
+
+_HEAD_BYTES = 20 << 10
+"""Enough for header and directory of the longest segment, and for what it replaces."""
+_MAX_HEAD_BYTES = 1 << 28
+_OPENED_AT_ONCE = 8
+
+Packs = NDArray[Any]
+"""Shape (packs,), dtype `PACK`."""
+Entries = NDArray[Any]
+"""Shape (n,), dtype `ENTRY`, ascending by hash, a page's before a frame's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,14 +78,40 @@ class Hit:
     slot: int
 
 
-def _entries_of(ordinal: int, footer: Footer) -> NDArray[Any]:
+def prefixes(entries: Entries) -> NDArray[np.uint32]:
+    """The first four bytes of each entry's hash, as a number."""
+    return (entries["high"].astype(np.uint64) >> np.uint64(32)).astype(np.uint32)
+
+
+def ordered(entries: Entries) -> Entries:
+    """Entries in the order of a segment; of equal ones the first."""
+    high = entries["high"].astype(np.uint64)
+    order = np.argsort(high, kind="stable")
+    high = high[order]
+    if not (high[1:] == high[:-1]).any():
+        return entries[order]
+    # Equal hashes, or a frame of one page: rare, and then ordered by all that tells them apart.
+    whole = entries["place"] & 0xFF == WHOLE
+    order = np.lexsort((whole, entries["low"].astype(np.uint64), entries["high"]))
+    entries, whole = entries[order], whole[order]
+    again = (
+        (entries["high"][1:] == entries["high"][:-1])
+        & (entries["low"][1:] == entries["low"][:-1])
+        & (whole[1:] == whole[:-1])
+    )
+    return entries[np.concatenate(([True], ~again))] if len(entries) else entries
+
+
+def _entries_of(ordinal: int, footer: Footer) -> Entries:
     """Index entries of a pack: one per frame, one per hashed page."""
     frames = np.arange(len(footer.entries), dtype=np.uint32)
     counts = footer.entries["hashed_pages"].astype(np.int64)
     slots = np.arange(len(footer.page_hashes)) - np.repeat(footer.first_hash, counts)
     out = np.empty(len(frames) + len(slots), ENTRY)
-    whole = np.ascontiguousarray(footer.entries["hash"]).view("V16").reshape(-1, 2)[:, 0]
-    out["hash"] = np.concatenate((whole, footer.page_hashes)).view("S16")
+    halves = np.ascontiguousarray(footer.entries["hash"]).view(">u8").reshape(-1, 4)
+    pages = np.ascontiguousarray(footer.page_hashes).view(">u8").reshape(-1, 2)
+    out["high"] = np.concatenate((halves[:, 0], pages[:, 0]))
+    out["low"] = np.concatenate((halves[:, 1], pages[:, 1]))
     out["pack"] = ordinal
     out["place"] = np.concatenate(
         (frames << 8 | WHOLE, np.repeat(frames, counts) << 8 | slots.astype(np.uint32))
@@ -75,144 +119,260 @@ def _entries_of(ordinal: int, footer: Footer) -> NDArray[Any]:
     return out
 
 
-def encode(footers: Iterable[Footer], key: bytes) -> tuple[str, list[Buffer]]:
-    """One segment over `footers`: its object name and its bytes."""
+def encode(footers: Iterable[Footer], key: bytes) -> Iterator[tuple[str, list[Buffer]]]:
+    """Segments over `footers`: their object names and bytes. There is one, unless they are many.
+
+    One must be written before the next one is asked for.
+    """
     listed = list(footers)
     packs = np.empty(len(listed), PACK)
     packs["id"] = np.array([bytes.fromhex(f.pack) for f in listed], "V32")
     packs["size"] = [f.object_size for f in listed]
     packs["footer"] = [f.length for f in listed]
-    entries = np.concatenate([_entries_of(i, f) for i, f in enumerate(listed)])
-    entries = entries[np.argsort(entries["hash"], kind="stable")]
-    first_bytes = np.ascontiguousarray(entries["hash"]).view(np.uint8).reshape(-1, HASH_BYTES)[:, 0]
-    fan_out = np.searchsorted(first_bytes, np.arange(FAN_OUT)).astype("<u4")
+    entries = ordered(np.concatenate([_entries_of(i, f) for i, f in enumerate(listed)]))
+    for part, first, last in cut([entries]):
+        yield seal(packs, part, first, last, [], key)
+
+
+def cut(stretches: Iterable[Entries]) -> Iterator[tuple[Entries, int, int]]:
+    """Ascending entries in parts that segments can hold, with the prefixes that each covers.
+
+    Together the parts cover all prefixes, and none twice (but where one prefix alone would be too
+    much). A part must be done with before the next one is asked for: its memory is used again.
+    """
+    buffer = np.empty(SEGMENT_ENTRIES, ENTRY)
+    filled = first = 0
+    for stretch in stretches:
+        at = 0
+        while at < len(stretch):
+            if filled == len(buffer):
+                final = int(prefixes(buffer[-1:])[0])
+                kept = int(np.searchsorted(prefixes(buffer), final, "left"))
+                if kept:
+                    yield buffer[:kept], first, final - 1
+                else:
+                    yield buffer, first, final
+                    kept = filled
+                buffer[: filled - kept] = buffer[kept:]
+                filled, first = filled - kept, final
+            count = min(len(buffer) - filled, len(stretch) - at)
+            buffer[filled : filled + count] = stretch[at : at + count]
+            filled, at = filled + count, at + count
+    if filled:
+        yield buffer[:filled], first, LAST_PREFIX
+
+
+def seal(
+    packs: Packs, entries: Entries, first: int, last: int, replaced: Iterable[str], key: bytes
+) -> tuple[str, list[Buffer]]:
+    """The segment of these entries: its object name and its bytes."""
+    table = packs.tobytes()
+    ids = [bytes.fromhex(name.removeprefix(PREFIX))[:HASH_BYTES] for name in replaced]
+    header = HEADER.pack(
+        MAGIC,
+        FORMAT,
+        len(packs),
+        len(entries),
+        first,
+        last,
+        len(ids),
+        0,
+        keyed(key, table, HASH_BYTES),
+    )
+    directory = prefixes(entries[::BLOCK_ENTRIES]).astype("<u4")
+    head = b"".join([header, directory.tobytes(), *ids])
     body: list[Buffer] = [
-        HEADER.pack(MAGIC, FORMAT, len(packs), len(entries)),
-        packs.tobytes(),
-        fan_out.tobytes(),
-        entries.tobytes(),
+        head,
+        keyed(key, head, HASH_BYTES),
+        table,
+        # numpy joins arrays into the machine's own byte order.
+        np.ascontiguousarray(entries, ENTRY).view(np.uint8).data,
     ]
-    digest = keyed(key, b"".join(body))
+    hasher = blake3(key=key)
+    for chunk in body:
+        hasher.update(chunk)
+    digest = hasher.digest()
     return PREFIX + digest.hex(), [*body, digest]
 
 
-def check(name: str, data: bytes, key: bytes) -> list[PackRef]:
-    """The packs that a whole segment refers to; `CorruptObjectError` when any byte is off."""
-    digest = keyed(key, data[:-32])
-    if data[-32:] != digest or name != PREFIX + digest.hex():
-        raise CorruptObjectError(f"{name}: its bytes do not match its hash")
-    return _Segment.parse_packs(name, data)
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What a segment says of itself."""
 
+    packs: int
+    entries: int
+    first: int
+    last: int
+    replaced: int
+    pack_table: bytes
+    """Keyed hash of the pack table: segments that were merged together share it."""
 
-def packs_of(store: ObjectStore, name: str) -> list[PackRef]:
-    """The packs that a segment lists; `CorruptObjectError`, `ObjectMissingError`."""
-    return _Segment(store, name).packs
-
-
-class _Segment:
-    """One segment, read shard by shard."""
-
-    SMALL = 1 << 16
-    """Segments of up to this many entries are read in one piece."""
-
-    def __init__(self, store: ObjectStore, name: str) -> None:
-        self._store = store
-        self._name = name
-        head = store.get(name, 0, HEADER.size)
-        packs, self.entries = _Segment._header(name, head)
-        table = store.get(name, HEADER.size, packs * PACK.itemsize + FAN_OUT * 4)
-        self.packs = _Segment.parse_packs(name, head + table)
-        if len(table) < packs * PACK.itemsize + FAN_OUT * 4:
-            raise CorruptObjectError(f"{name}: cut off")
-        self._fan_out = np.frombuffer(table, "<u4", FAN_OUT, packs * PACK.itemsize)
-        self._start = HEADER.size + len(table)
-
-    @staticmethod
-    def _header(name: str, data: bytes) -> tuple[int, int]:
+    @classmethod
+    def parse(cls, name: str, data: bytes) -> Head:
+        """Raises `CorruptObjectError` or `FormatVersionError`."""
         if len(data) < HEADER.size:
             raise CorruptObjectError(f"{name}: too short to be an index")
-        magic, version, packs, entries = HEADER.unpack_from(data)
+        magic, version, packs, entries, first, last, replaced, zero, table = HEADER.unpack_from(
+            data
+        )
         if magic != MAGIC:
             raise CorruptObjectError(f"{name}: not an index")
         if version != FORMAT:
             raise FormatVersionError(f"{name}: index format {version} is not known")
-        return packs, entries
+        if zero or first > last or not 0 < entries < 1 << 32:
+            raise CorruptObjectError(f"{name}: its header makes no sense")
+        return cls(packs, entries, first, last, replaced, table)
 
-    @staticmethod
-    def parse_packs(name: str, data: bytes) -> list[PackRef]:
-        count, _ = _Segment._header(name, data)
-        if len(data) < HEADER.size + count * PACK.itemsize:
-            raise CorruptObjectError(f"{name}: cut off")
-        rows = np.frombuffer(data, PACK, count, HEADER.size)
-        return [
-            PackRef(PackId(bytes(r["id"]).hex()), int(r["size"]), int(r["footer"])) for r in rows
-        ]
+    @property
+    def blocks(self) -> int:
+        return -(-self.entries // BLOCK_ENTRIES)
 
-    def shard_of(self, first_byte: int) -> int:
-        return 0 if self.entries <= self.SMALL else first_byte
+    @property
+    def replaced_at(self) -> int:
+        return HEADER.size + 4 * self.blocks
 
-    def load(self, shard: int) -> NDArray[Any]:
-        if self.entries <= self.SMALL:
-            first, last = 0, self.entries
-        else:
-            first, last = int(self._fan_out[shard]), int(self._fan_out[shard + 1])
-        if last <= first:
-            return np.empty(0, ENTRY)
+    @property
+    def hash_at(self) -> int:
+        return self.replaced_at + HASH_BYTES * self.replaced
+
+    @property
+    def packs_at(self) -> int:
+        return self.hash_at + HASH_BYTES
+
+    @property
+    def entries_at(self) -> int:
+        return self.packs_at + PACK.itemsize * self.packs
+
+    @property
+    def size(self) -> int:
+        return self.entries_at + ENTRY.itemsize * self.entries + 32
+
+
+def check(name: str, data: bytes, key: bytes) -> list[PackRef]:
+    """The packs that a whole segment refers to; `CorruptObjectError` when any byte is off."""
+    body = memoryview(data)[:-32]
+    digest = keyed(key, body)
+    if data[-32:] != digest or name != PREFIX + digest.hex():
+        raise CorruptObjectError(f"{name}: its bytes do not match its hash")
+    head = Head.parse(name, data)
+    if len(data) != head.size:
+        raise CorruptObjectError(f"{name}: does not have the length that it states")
+    return [ref_of(row) for row in np.frombuffer(data, PACK, head.packs, head.packs_at)]
+
+
+def ref_of(row: Any) -> PackRef:
+    """A row of a pack table."""
+    return PackRef(PackId(bytes(row["id"]).hex()), int(row["size"]), int(row["footer"]))
+
+
+class Segment:
+    """One segment, of which only the head is in memory; the rest is read in pieces.
+
+    Pieces come as they are stored: nothing proves them but the hash of the whole. Every method
+    raises `ObjectMissingError` when the segment is not there any more.
+    """
+
+    def __init__(self, store: ObjectStore, name: str, key: bytes) -> None:
+        """Raises `CorruptObjectError` or `FormatVersionError` where the head is not sound."""
+        self._store = store
+        self.name = name
+        data = store.get(name, 0, _HEAD_BYTES)
+        self.head = head = Head.parse(name, data)
+        if len(data) < head.packs_at <= _MAX_HEAD_BYTES:
+            data = store.get(name, 0, head.packs_at)
+        if keyed(key, data[: head.hash_at], HASH_BYTES) != data[head.hash_at : head.packs_at]:
+            raise CorruptObjectError(f"{name}: its head does not match its hash")
+        self.directory = np.frombuffer(data, "<u4", head.blocks, HEADER.size).astype(np.uint32)
+        """Prefix of the first hash of each block; shape (blocks,)."""
+        self.replaced = frozenset(
+            data[at : at + HASH_BYTES].hex()
+            for at in range(head.replaced_at, head.hash_at, HASH_BYTES)
+        )
+
+    @property
+    def short_name(self) -> str:
+        """What a segment that replaces this one calls it."""
+        return self.name.removeprefix(PREFIX)[: 2 * HASH_BYTES]
+
+    def blocks(self, first: int, count: int) -> Entries:
+        """The entries of some blocks; fewer when the object is cut off."""
+        start = first * BLOCK_ENTRIES
+        wanted = min(self.head.entries, (first + count) * BLOCK_ENTRIES) - start
         size = ENTRY.itemsize
-        data = self._store.get(self._name, self._start + first * size, (last - first) * size)
+        data = self._store.get(self.name, self.head.entries_at + start * size, wanted * size)
         return np.frombuffer(data, ENTRY, len(data) // size)
 
+    def packs(self, first: int, count: int) -> Packs:
+        """Rows of the pack table; fewer at its end, and when the object is cut off."""
+        wanted = min(self.head.packs, first + count) - first
+        if wanted <= 0:
+            return np.empty(0, PACK)
+        size = PACK.itemsize
+        data = self._store.get(self.name, self.head.packs_at + first * size, wanted * size)
+        return np.frombuffer(data, PACK, len(data) // size)
 
-class ContentIndex:
-    """All segments of a repository, looked up within a bound of memory. Safe for threads."""
+    def raw(self, start: int, stop: int) -> bytes:
+        """Bytes of the object as they are, to check its hash."""
+        return self._store.get(self.name, start, stop - start)
 
-    CACHE_BYTES = 64 << 20
 
-    def __init__(self, store: ObjectStore) -> None:
-        self._segments: list[_Segment] = []
-        for name in store.list(PREFIX):
+def open_segments(store: ObjectStore, key: bytes) -> tuple[list[Segment], list[Exception]]:
+    """All segments of a repository that can be used, and why others cannot.
+
+    What vanishes meanwhile was merged: the segment that took its place was there before.
+    """
+    segments: list[Segment] = []
+    unusable: list[Exception] = []
+    with ThreadPoolExecutor(_OPENED_AT_ONCE, thread_name_prefix="index") as pool:
+
+        def read(name: str) -> Segment | Exception:
             try:
-                self._segments.append(_Segment(store, name))
-            except ObjectMissingError:
-                continue  # an expiry has replaced it since it was listed
-            except (CorruptObjectError, FormatVersionError) as error:
-                # A hint that cannot be read is none; `verify` reports it as the damage it is.
-                log.warning("the index is used without one segment: %s", error)
-        self._cache: OrderedDict[tuple[int, int], NDArray[Any]] = OrderedDict()
-        self._cached = 0
-        self._lock = threading.Lock()
+                return Segment(store, name, key)
+            except (CorruptObjectError, FormatVersionError, ObjectMissingError) as error:
+                return error
 
-    def _shard(self, segment: int, shard: int) -> NDArray[Any]:
-        with self._lock:
-            found = self._cache.get((segment, shard))
-            if found is not None:
-                self._cache.move_to_end((segment, shard))
-                return found
-        try:
-            entries = self._segments[segment].load(shard)
-        except CorruptObjectError as error:
-            # As above: in an encrypted repository damage is found when the entries are read.
-            log.warning("the index is used without a part of one segment: %s", error)
-            entries = np.empty(0, ENTRY)
-        except ObjectMissingError:
-            entries = np.empty(0, ENTRY)  # an expiry has replaced it since it was opened
-        with self._lock:
-            self._cache[segment, shard] = entries
-            self._cached += entries.nbytes
-            while self._cached > self.CACHE_BYTES and len(self._cache) > 1:
-                self._cached -= self._cache.popitem(last=False)[1].nbytes
-        return entries
+        for found in pool.map(read, list(store.list(PREFIX))):
+            if isinstance(found, Segment):
+                segments.append(found)
+            elif not isinstance(found, ObjectMissingError):
+                unusable.append(found)
+    return segments, unusable
 
-    def find(self, digest: bytes, *, whole: bool) -> Hit | None:
-        """Where a frame (`whole`) or page with this 16-byte hash is said to be; newest first."""
-        wanted = np.frombuffer(digest, "S16")
-        for number in reversed(range(len(self._segments))):
-            segment = self._segments[number]
-            entries = self._shard(number, segment.shard_of(digest[0]))
-            row = int(np.searchsorted(entries["hash"], wanted)[0])
-            while row < len(entries) and entries["hash"][row : row + 1].tobytes() == digest:
-                place, pack = int(entries["place"][row]), int(entries["pack"][row])
-                if (place & 0xFF == WHOLE) == whole and pack < len(segment.packs):
-                    return Hit(segment.packs[pack], place >> 8, place & 0xFF)
-                row += 1
-        return None
+
+def superseded(segments: Iterable[Segment]) -> set[str]:
+    """Names of segments all of whose entries others repeat, as far as these cover their range."""
+    listed = list(segments)
+    covers: dict[str, list[tuple[int, int]]] = {}
+    for segment in listed:
+        for short in segment.replaced:
+            covers.setdefault(short, []).append((segment.head.first, segment.head.last))
+    gone: set[str] = set()
+    for segment in listed:
+        reached = segment.head.first
+        for first, last in sorted(covers.get(segment.short_name, ())):
+            if first > reached:
+                break
+            reached = max(reached, last + 1)
+        if reached > segment.head.last:
+            gone.add(segment.name)
+    return gone
+
+
+def lanes(segments: Iterable[Segment]) -> list[list[Segment]]:
+    """Segments in as few rows as may be, none of which covers a prefix twice; shortest row first.
+
+    The number of rows is what a look-up that finds nothing costs.
+    """
+    rows: list[list[Segment]] = []
+    for segment in sorted(segments, key=lambda s: (s.head.first, s.head.last, s.name)):
+        for row in rows:
+            if row[-1].head.last < segment.head.first:
+                row.append(segment)
+                break
+        else:
+            rows.append([segment])
+    return sorted(rows, key=entries_in)
+
+
+def entries_in(row: Iterable[Segment]) -> int:
+    return sum(segment.head.entries for segment in row)

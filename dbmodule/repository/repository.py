@@ -37,13 +37,14 @@ from dbmodule.errors import (
 )
 from dbmodule.ident import BackupId, SystemId
 from dbmodule.manifest import Manifest, from_body, to_body
-from dbmodule.ports import ObjectStore, Processes
+from dbmodule.ports import Cancelled, ObjectStore, Processes
 from dbmodule.repository.condemned import Condemned
 from dbmodule.repository.document import FORMAT, Documents, seal, unseal
 from dbmodule.repository.frames import FrameReader
 from dbmodule.repository.husk import husked_packs
 from dbmodule.repository.index import PackRef
 from dbmodule.repository.locks import Locks, LockTiming
+from dbmodule.repository.merge import tidy
 from dbmodule.repository.pack import PackId
 from dbmodule.repository.secret import Secret
 from dbmodule.repository.tables import TableReader
@@ -310,6 +311,10 @@ class Repository:
     def tables(self, manifest: Manifest) -> TableReader:
         root = manifest.root
         return TableReader(self.frames, PackRef(PackId(root.pack), root.size, root.footer))
+
+    def tidy_index(self, cancelled: Cancelled) -> None:
+        """Keep the content index quick, now that a backup is committed; raises nothing."""
+        tidy(self.store, self.key, cancelled)
 
     def writer(self, compression_level: int) -> FrameWriter:
         """To be made by a run that holds its lock already: see `condemned`."""

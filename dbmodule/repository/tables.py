@@ -14,7 +14,8 @@ import threading
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass, fields
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -122,6 +123,10 @@ def _encode_files(entries: Sequence[FileEntry]) -> bytes:
     return _columns(rows) + lengths.tobytes() + b"".join(texts)
 
 
+_KINDS = list(EntryKind)
+_FLAGS = [EntryFlag(number) for number in range(2 * max(EntryFlag))]
+
+
 def _decode_files(data: bytes, count: int) -> list[FileEntry]:
     rows = _rows(data, FILE, count).tolist()
     start = count * FILE.itemsize
@@ -136,8 +141,8 @@ def _decode_files(data: bytes, count: int) -> list[FileEntry]:
     return [
         FileEntry(
             path,
-            EntryKind(row[0]),
-            EntryFlag(row[1]),
+            _KINDS[row[0]],
+            _FLAGS[row[1]],
             row[2],
             row[3],
             FileIdentity(row[3], row[4], row[5], row[6], row[7]),
@@ -148,8 +153,11 @@ def _decode_files(data: bytes, count: int) -> list[FileEntry]:
     ]
 
 
+_columns_of = attrgetter(*(field.name for field in fields(RelationRow)))
+
+
 def _encode_relations(rows: Sequence[RelationRow]) -> bytes:
-    return json.dumps([astuple(row) for row in rows], separators=(",", ":")).encode()
+    return json.dumps([_columns_of(row) for row in rows], separators=(",", ":")).encode()
 
 
 def _decode_relations(data: bytes) -> list[RelationRow]:

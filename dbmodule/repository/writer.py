@@ -7,9 +7,9 @@ their frames in the index, so interrupted work is not lost.
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections import OrderedDict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -28,7 +28,8 @@ from dbmodule.ports import Buffer, ObjectStore
 from dbmodule.registry import HASH_BYTES
 from dbmodule.repository import index
 from dbmodule.repository.frames import FrameReader
-from dbmodule.repository.index import ContentIndex, PackRef
+from dbmodule.repository.index import Hit, PackRef
+from dbmodule.repository.lookup import ContentIndex
 from dbmodule.repository.pack import (
     ENCODING_RAW,
     ENCODING_ZSTD,
@@ -43,6 +44,8 @@ from dbmodule.repository.pack import (
 
 Ref = tuple[int, int, int]
 """Pack (row of this backup's pack table), frame, slot."""
+_KIND = {True: b"f", False: b"p"}
+"""What tells a frame's hash from a page's among those that are remembered."""
 
 
 @dataclass(slots=True)
@@ -55,18 +58,27 @@ class WriteCounts:
     """Of all objects that are durable."""
 
 
+def _refs_of(frame: Ref, count: int) -> Refs:
+    """References to the first `count` slots of a frame."""
+    refs = np.empty(count, REF)
+    refs["pack"], refs["frame"], refs["slot"] = frame[0], frame[1], np.arange(count)
+    return refs
+
+
 class FrameWriter:
     """The storage engine's intake for one backup. `store_*` may be called from many threads."""
 
     PACK_BYTES = 32 << 20
     UPLOADS = 2
-    INDEX_ENTRIES = 1 << 20
+    INDEX_ENTRIES = 1 << 18
     """A segment is written whenever this many new entries have become durable,"""
     INDEX_PACKS = 2
     """or so many packs, and a twentieth of all so far: but for such a part the next run finds what
     a killed one has stored, and however long a run is it makes few segments."""
     RECENT = 1 << 17
     """Bound on the frames and pages of this very backup that are remembered for deduplication."""
+    GONE = 1 << 16
+    """Bound on the packs that are remembered as missing though the index knows of them."""
 
     def __init__(
         self,
@@ -86,14 +98,17 @@ class FrameWriter:
         self._key = key
         self._reader = reader
         self._level = level
-        self._index = ContentIndex(store)
+        self._index = ContentIndex(store, key)
         self._lock = threading.Lock()
         self._local = threading.local()
         self._builder = PackBuilder()
         self._ordinal: int | None = None
         self._packs: list[PackRef | None] = []
         self._ordinals: dict[str, int] = {}
-        self._recent: OrderedDict[tuple[bytes, bool], Ref] = OrderedDict()
+        # Two generations: when the new one is full it becomes the old one.
+        self._recent: dict[bytes, Ref] = {}
+        self._less_recent: dict[bytes, Ref] = {}
+        self._gone: set[str] = set()
         self._uploads = ThreadPoolExecutor(self.UPLOADS, thread_name_prefix="upload")
         self._slots = threading.BoundedSemaphore(self.UPLOADS + 1)
         self._pending: list[Future[Footer]] = []
@@ -109,7 +124,7 @@ class FrameWriter:
         `pages` is how many pages of the data directory that is, for the counts.
         """
         digest = keyed(self._key, raw)
-        known = self._find(digest[:HASH_BYTES], whole=True)
+        known = self._find([digest[:HASH_BYTES]], whole=True)[0]
         if known is None:
             known = self._append(raw, digest, b"", pages)
         return known[0], known[1]
@@ -118,9 +133,33 @@ class FrameWriter:
         """Store up to 32 pages that belong together, found again only as a whole."""
         count = -(-len(pages) // PAGE_SIZE)
         pack, frame = self.store_frame(pages, count)
-        refs = np.empty(count, REF)
-        refs["pack"], refs["frame"], refs["slot"] = pack, frame, np.arange(count)
-        return refs
+        return _refs_of((pack, frame, 0), count)
+
+    def find_runs(self, runs: Sequence[Buffer]) -> list[tuple[bytes, Refs | None]]:
+        """The hash of each of some runs of pages, and its references if it is there already."""
+        digests = [keyed(self._key, run) for run in runs]
+        known = self._find([digest[:HASH_BYTES] for digest in digests], whole=True)
+        return [
+            (digest, None if ref is None else _refs_of(ref, len(run) // PAGE_SIZE))
+            for run, digest, ref in zip(runs, digests, known, strict=True)
+        ]
+
+    def add_run(self, run: Buffer, digest: bytes) -> Refs:
+        """Store a run of pages that `find_runs` did not find, and whose hash it gave."""
+        count = len(run) // PAGE_SIZE
+        with self._lock:
+            known = self._recent.get(digest[:HASH_BYTES] + _KIND[True])
+        return _refs_of(known or self._append(run, digest, b"", count), count)
+
+    def store_shared(self, runs: Sequence[Buffer]) -> list[Refs]:
+        """Store runs of up to 32 pages that may be found again one by one, too."""
+        whole = [keyed(self._key, run, HASH_BYTES) for run in runs]
+        return [
+            self.store_pages(run, self.hashes(run))
+            if ref is None
+            else _refs_of(ref, len(run) // PAGE_SIZE)
+            for run, ref in zip(runs, self._find(whole, whole=True), strict=True)
+        ]
 
     def digest(self, raw: Buffer) -> bytes:
         """The hash, 32 bytes, that a frame of these bytes has."""
@@ -141,12 +180,15 @@ class FrameWriter:
         parts = page_slices(len(view))
         refs = np.empty(len(parts), REF)
         new: list[int] = []
-        for number, digest in enumerate(hashes):
-            known = self._find(digest, whole=False)
-            if known is None:
+        first: dict[bytes, int] = {}
+        again: list[int] = []
+        for number, known in enumerate(self._find(hashes, whole=False)):
+            if known is not None:
+                refs[number] = known
+            elif first.setdefault(hashes[number], number) == number:
                 new.append(number)
             else:
-                refs[number] = known
+                again.append(number)
         for start in range(0, len(new), FRAME_PAGES):
             batch = new[start : start + FRAME_PAGES]
             if batch[-1] - batch[0] == len(batch) - 1:
@@ -157,22 +199,40 @@ class FrameWriter:
             pack, frame, _ = self._append(raw, keyed(self._key, raw), joined, len(batch))
             for slot, number in enumerate(batch):
                 refs[number] = (pack, frame, slot)
+        for number in again:
+            refs[number] = refs[first[hashes[number]]]
         return refs
 
     # -- deduplication --------------------------------------------------------------------------
 
-    def _find(self, digest: bytes, *, whole: bool) -> Ref | None:
+    def _find(self, hashes: Sequence[bytes], *, whole: bool) -> list[Ref | None]:
+        """Where frames (`whole`) or pages with these 16-byte hashes are, as far as is known."""
+        kind = _KIND[whole]
+        found: list[Ref | None] = []
         with self._lock:
-            recent = self._recent.get((digest, whole))
-        if recent is not None:
-            return recent
-        hit = self._index.find(digest, whole=whole)
-        if hit is None or hit.pack.pack in self._avoid:
+            for digest in hashes:
+                recent = self._recent.get(digest + kind)
+                found.append(recent or self._less_recent.get(digest + kind))
+        missing = [number for number, ref in enumerate(found) if ref is None]
+        hits = self._index.find_many([hashes[number] for number in missing], whole=whole)
+        for number, hit in zip(missing, hits, strict=True):
+            if hit is not None:
+                found[number] = self._confirmed(hit, hashes[number], whole=whole)
+        return found
+
+    def _confirmed(self, hit: Hit, digest: bytes, *, whole: bool) -> Ref | None:
+        """What the index says, if the pack's own footer says so too."""
+        if hit.pack.pack in self._gone or hit.pack.pack in self._avoid:
             return None
         try:
             footer = self._reader.footer(hit.pack)
-        except (ObjectMissingError, CorruptObjectError):
-            return None  # a stale index: what it promises is not there, so the page is stored
+        except ObjectMissingError:
+            # A stale index: what it promises is not there, so the page is stored.
+            if len(self._gone) < self.GONE:
+                self._gone.add(hit.pack.pack)
+            return None
+        except CorruptObjectError:
+            return None
         if hit.frame >= len(footer.entries):
             return None
         if whole:
@@ -185,6 +245,10 @@ class FrameWriter:
         # was not found by them.
         ordinal = self.refer(PackRef(footer.pack, footer.object_size, footer.length))
         return ordinal, hit.frame, 0 if whole else hit.slot
+
+    def avoids(self, packs: Iterable[PackRef]) -> bool:
+        """May any of these packs be about to go, so that nothing new may refer to it?"""
+        return any(pack.pack in self._avoid for pack in packs)
 
     def refer(self, pack: PackRef) -> int:
         """The row in this backup's pack table of a pack that an earlier one wrote."""
@@ -203,7 +267,8 @@ class FrameWriter:
             compressor = self._local.compressor = zstandard.ZstdCompressor(level=self._level)
         packed = compressor.compress(raw)
         if len(packed) < len(raw):
-            return packed, ENCODING_ZSTD
+            # A copy: the compressor's own bytes keep all the memory that the worst case takes.
+            return bytes(memoryview(packed)), ENCODING_ZSTD
         return bytes(raw), ENCODING_RAW
 
     def _append(self, raw: Buffer, digest: bytes, hashes: bytes, pages: int) -> Ref:
@@ -218,20 +283,20 @@ class FrameWriter:
             self.counts.frames_stored += 1
             self.counts.pages_stored += pages
             self.counts.bytes_compressed += len(stored)
-            self._remember(digest[:HASH_BYTES], True, (ordinal, frame, 0))
+            self._remember(digest[:HASH_BYTES] + _KIND[True], (ordinal, frame, 0))
             for slot in range(len(hashes) // HASH_BYTES):
                 page = hashes[slot * HASH_BYTES : (slot + 1) * HASH_BYTES]
-                self._remember(page, False, (ordinal, frame, slot))
+                self._remember(page + _KIND[False], (ordinal, frame, slot))
             if self._builder.size >= self.PACK_BYTES or len(self._builder) >= MAX_FRAMES:
                 full = ordinal, self._take_builder()
         if full is not None:
             self._upload(*full)
         return ordinal, frame, 0
 
-    def _remember(self, digest: bytes, whole: bool, ref: Ref) -> None:
-        self._recent[digest, whole] = ref
-        if len(self._recent) > self.RECENT:
-            self._recent.popitem(last=False)
+    def _remember(self, key: bytes, ref: Ref) -> None:
+        self._recent[key] = ref
+        if len(self._recent) >= self.RECENT // 2:
+            self._recent, self._less_recent = {}, self._recent
 
     def _take_builder(self) -> PackBuilder:
         builder, self._builder, self._ordinal = self._builder, PackBuilder(), None
@@ -281,13 +346,11 @@ class FrameWriter:
             footers, self._unindexed = self._unindexed, []
         if not footers:
             return
-        name, chunks = index.encode(footers, self._key)
-        try:
-            size = self._store.put_new(name, chunks)
-        except ObjectExistsError:
-            return
-        with self._lock:
-            self.counts.bytes_stored += size
+        for name, chunks in index.encode(footers, self._key):
+            with contextlib.suppress(ObjectExistsError):
+                size = self._store.put_new(name, chunks)
+                with self._lock:
+                    self.counts.bytes_stored += size
 
     def flush(self) -> list[PackRef]:
         """Make everything durable and give the pack table: references' first member is its row."""

@@ -59,7 +59,7 @@ def compact(repository: Repository, *manifests: Manifest, share: float = 0.6) ->
 def forget(repository: Repository, gone: list[PackRef]) -> None:
     """Remove what the index knows of packs."""
     for name in list(repository.store.list(index.PREFIX)):
-        if set(gone) & set(index.packs_of(repository.store, name)):
+        if set(gone) & set(index.check(name, repository.store.get(name), repository.key)):
             repository.store.delete(name)
 
 
