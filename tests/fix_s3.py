@@ -81,6 +81,7 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
             env={
                 "PATH": os.environ["PATH"],
                 "HOME": str(directory),
+                "TMPDIR": str(directory),
                 "AWS_ACCESS_KEY_ID": key,
                 "AWS_SECRET_ACCESS_KEY": secret,
                 "S3_BUCKET": BUCKET,
@@ -98,6 +99,9 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         shutil.rmtree(directory, ignore_errors=True)
+        for port in ports.values():
+            for socket_file in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
+                socket_file.unlink(missing_ok=True)
 
 
 @pytest.fixture
