@@ -10,7 +10,8 @@ Fixtures, from cheap to dear:
 - ``scratch``: a directory with a short path that belongs to the account servers run as.
 
 All but ``scratch`` and the factories run once per version: ``pg_major`` is 15, 17 and 18 unless
-``--pg`` says otherwise. ``checksums`` is true, and false as well with ``--matrix full``; own
+``--pg`` says otherwise; ``large_major``, for tests with much data, is the last of them, and all
+with ``--matrix full``. ``checksums`` is true, and false as well with ``--matrix full``; own
 clusters follow it. A version that is not installed skips its tests, or fails them in CI.
 """
 
@@ -188,7 +189,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--matrix",
         choices=("quick", "full"),
         default="quick",
-        help="full: own clusters also without data checksums (default: %(default)s)",
+        help="full: own clusters also without data checksums, and much data on every version"
+        " (default: %(default)s)",
     )
 
 
@@ -197,6 +199,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         majors = _chosen_majors(metafunc.config)
         ids = [f"pg{major}" for major in majors]
         metafunc.parametrize("pg_major", majors, indirect=True, ids=ids, scope="session")
+    if "large_major" in metafunc.fixturenames:
+        majors = _chosen_majors(metafunc.config)
+        majors = majors if metafunc.config.getoption("matrix") == "full" else majors[-1:]
+        metafunc.parametrize("large_major", majors, ids=[f"pg{major}" for major in majors])
     if "checksums" in metafunc.fixturenames:
         full = metafunc.config.getoption("matrix") == "full"
         values, ids = ([True, False], ["sums", "nosums"]) if full else ([True], ["sums"])

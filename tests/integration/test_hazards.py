@@ -362,9 +362,14 @@ def segments_start_at_block_zero(patch: Patch) -> None:
     patch.setattr(RelationFile, "first_block", first_block)
 
 
-def test_a_table_of_several_segments(make_site: SiteFactory) -> None:
+def test_a_table_of_several_segments(make_site: SiteFactory, large_major: int) -> None:
     """Rows are updated on both sides of the border at 1 GB, where the file ``.1`` begins."""
-    site = make_site(settings={"summarize_wal": "on", "autovacuum": "off", "max_wal_size": "4GB"})
+    settings = {"autovacuum": "off", "max_wal_size": "4GB"}
+    detectors = ["scan"]
+    if large_major >= 17:
+        settings["summarize_wal"] = "on"
+        detectors.append("wal")
+    site = make_site(large_major, settings=settings)
     site.cluster.run("pgbench", "--initialize", "--quiet", "--scale=86", "postgres")
     assert int(site.cluster.scalar("SELECT pg_relation_size('pgbench_accounts') / 8192")) > (
         SEGMENT_BLOCKS
@@ -377,7 +382,7 @@ def test_a_table_of_several_segments(make_site: SiteFactory) -> None:
     )
     assert len(changed) == 3
     frozen = freeze(site)
-    for by in ("scan", "wal"):
+    for by in detectors:
         assert differences(frozen, BackupType.DIFF, by, full) == []
     assert all(m.status == "completed" for m in site.repository().manifests("main").values())
     with pytest.MonkeyPatch.context() as patch:
@@ -385,4 +390,5 @@ def test_a_table_of_several_segments(make_site: SiteFactory) -> None:
         misled = frozen.back_up(BackupType.DIFF, "scan", full)
         assert misled.status == "completed_with_corruption"
         assert {c.path[-2:] for c in misled.corruption} == {".1"}
-        assert differences(frozen, BackupType.DIFF, "wal", full) != []
+        if "wal" in detectors:
+            assert differences(frozen, BackupType.DIFF, "wal", full) != []
