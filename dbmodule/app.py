@@ -273,7 +273,7 @@ class App:
         outlook = pruning.look_ahead(repository, cluster, policy, now)
         if dry_run and outlook.unreadable:
             return pruning.to_report(outlook, policy, None, dry_run=dry_run)
-        pruning.refuse_unreadable(outlook, cluster)
+        pruning.refuse_unreadable(repository, outlook, cluster)
         removal = expire(
             repository,
             cluster,

@@ -66,15 +66,16 @@ def look_ahead(repository: Repository, cluster: str, policy: Policy, now: dateti
     return Outlook(manifests, decisions, unreadable)
 
 
-def refuse_unreadable(outlook: Outlook, cluster: str) -> None:
+def refuse_unreadable(repository: Repository, outlook: Outlook, cluster: str) -> None:
     """Raise `RefusedError` when there is a backup of which nobody knows what it is built on."""
     if outlook.unreadable:
         first = min(outlook.unreadable)
+        name = repository.stored_name(manifest_name(cluster, first))
         raise RefusedError(
             f"nothing is removed: the manifest of backup {first} cannot be read, and what it is"
             " built on is not known",
             hint="`dbmodule verify` says what is wrong with it. If it is lost for good, delete the"
-            f" object {manifest_name(cluster, first)} by hand, and run this again.",
+            f" object {name} by hand, and run this again.",
         )
 
 

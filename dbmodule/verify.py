@@ -112,12 +112,16 @@ def verify(
         for name in repository.store.list(_PACKS):
             packs[name] = None
     needed: dict[BackupId, list[Manifest]] = {}
+    removed: set[BackupId] = set()
     for backup in chosen:
         try:
             chain = chain_of(manifests, backup)
             repository.check_chain(chain)
         except _DAMAGE as error:
-            findings.damage.append(Damage(manifest_name(cluster, backup), error.message))
+            if wanted is None and _removed(repository, cluster, backup):
+                removed.add(backup)
+            else:
+                findings.damage.append(Damage(manifest_name(cluster, backup), error.message))
             continue
         needed[backup] = chain
         for manifest in chain:
@@ -160,7 +164,7 @@ def verify(
             findings.damage.append(Damage(name, error.message))
     return VerifyReport(
         status=DAMAGED if findings.damage else SOUND,
-        backups=[str(backup) for backup in chosen],
+        backups=[str(backup) for backup in chosen if backup not in removed],
         objects_checked=findings.objects,
         bytes_read=findings.bytes_read,
         damage=findings.damage,
@@ -169,6 +173,15 @@ def verify(
         pages_checked=findings.pages,
         pages_known_corrupt=findings.known_corrupt,
     )
+
+
+def _removed(repository: Repository, cluster: str, backup: BackupId) -> bool:
+    """Has an expiry removed a backup since it was listed? One that is built on goes last."""
+    try:
+        repository.store.size(manifest_name(cluster, backup))
+    except ObjectMissingError:
+        return True
+    return False
 
 
 def _manifests(

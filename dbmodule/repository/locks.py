@@ -102,7 +102,11 @@ class Locks:
         processes: Processes,
         revoke: Revoke,
         timing: LockTiming | None = None,
+        *,
+        stored_name: Callable[[str], str] = str,
     ) -> None:
+        """`stored_name` tells people under which name an object is found in the store."""
+        self._where = stored_name
         self._documents = documents
         self._store = documents.store
         self._processes = processes
@@ -148,6 +152,29 @@ class Locks:
         except (KeyError, TypeError, ValueError) as error:
             raise CorruptObjectError(f"{name}: not a valid lock: {error}") from error
 
+    def _owner_or_none(self, epoch: Epoch) -> Owner | None:
+        """None when the epoch ended, and was cleaned away by whoever came next.
+
+        Raises `CorruptObjectError` when the owner of an epoch that goes on cannot be known: then
+        nobody knows what to revoke either, and a person has to say that none is at work.
+        """
+        try:
+            return self._owner(epoch)
+        except ObjectMissingError as error:
+            now = self.newest(epoch.name)
+            if now is None or now.number != epoch.number or now.ended:
+                return None
+            raise self._unknown(epoch, error) from error
+        except CorruptObjectError as error:
+            raise self._unknown(epoch, error) from error
+
+    def _unknown(self, epoch: Epoch, error: RepositoryError) -> CorruptObjectError:
+        return CorruptObjectError(
+            f"it is not known who holds the lock {epoch.name}: {error.message}",
+            hint="Make sure that no run is at work in this repository, on any host. Then delete by"
+            f" hand all objects below {self._where(epoch.object('')[:-1])}, and run again.",
+        )
+
     def settle(self, name: str, cancelled: Cancelled) -> tuple[Epoch | None, Owner | None]:
         """The greatest epoch of a lock, and its owner if one is alive.
 
@@ -157,10 +184,9 @@ class Locks:
             epoch = self.newest(name)
             if epoch is None or epoch.ended:
                 return epoch, None
-            try:
-                owner = self._owner(epoch)
-            except ObjectMissingError:
-                continue  # ended, and cleaned away by whoever came next
+            owner = self._owner_or_none(epoch)
+            if owner is None:
+                continue
             lives = self._lives(epoch, owner, cancelled)
             if lives:
                 return epoch, owner

@@ -243,9 +243,9 @@ class Repository:
         for backup in self.taken_ids(cluster):
             try:
                 found[backup] = self.manifest(cluster, backup)[0]
-            except RevokedError:
-                continue
-            except (CorruptObjectError, FormatVersionError, ObjectMissingError) as error:
+            except ObjectMissingError:
+                continue  # a tombstone, or an expiry has removed it since it was listed
+            except (CorruptObjectError, FormatVersionError) as error:
                 unreadable[backup] = error
         return found, unreadable
 
@@ -306,7 +306,11 @@ class Repository:
         return False
 
     def locks(self, processes: Processes, timing: LockTiming | None = None) -> Locks:
-        return Locks(self.documents, processes, self.revoke, timing)
+        return Locks(self.documents, processes, self.revoke, timing, stored_name=self.stored_name)
+
+    def stored_name(self, name: str) -> str:
+        """Under which name a person finds an object in the store."""
+        return name if self.vault is None else self.vault.store.stored_name(name)
 
     def tables(self, manifest: Manifest) -> TableReader:
         root = manifest.root

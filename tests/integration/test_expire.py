@@ -15,7 +15,7 @@ from dbmodule.errors import DamageError, LockedError, NoBaselineError, Repositor
 from dbmodule.ident import BackupId, BackupType
 from dbmodule.ports import Buffer
 from dbmodule.processes import LocalProcesses
-from dbmodule.reports import ExpireReport
+from dbmodule.reports import ExpireReport, VerifyLevel
 from dbmodule.repository.condemned import Condemned
 from dbmodule.repository.husk import name_of_husk
 from dbmodule.repository.locks import LockTiming
@@ -412,6 +412,42 @@ def test_packs_that_are_mostly_dead_are_rewritten(
     # What no backup refers to by the old name needs no husk.
     usage = usage_of(scene)
     assert usage.husks <= usage.referenced
+
+
+@pytest.mark.parametrize("level", list(VerifyLevel))
+def test_what_is_removed_during_a_verification_is_no_damage(
+    scene: Scene, level: VerifyLevel
+) -> None:
+    *old, kept = grow(scene, FULL, DIFF, FULL)
+
+    class Removing(FaultStore):
+        """An expiry, when all manifests were read once."""
+
+        reads = 0
+
+        def get(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
+            if name.startswith(MANIFEST):
+                self.reads += 1
+                if self.reads == 4:
+                    assert remove(scene, old).removed == old[::-1]
+            return super().get(name, offset, length)
+
+    report = mini.verify_all(Removing(scene.store), level)
+    assert (report.status, report.damage) == ("sound", [])
+    assert report.backups == [kept]
+
+
+def test_what_is_removed_while_backups_are_listed_is_not_unreadable(scene: Scene) -> None:
+    old, kept = grow(scene, FULL, FULL)
+
+    class Removing(FaultStore):
+        def get(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
+            if name.endswith(f"{old}.json"):
+                scene.store.delete(name)
+            return super().get(name, offset, length)
+
+    found, unreadable = mini.opened(Removing(scene.store)).readable_manifests(mini.CLUSTER)
+    assert (list(found), unreadable) == ([kept], {})
 
 
 def test_verify_finds_what_is_wrong_with_a_husk(

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from dbmodule.errors import CancelledError, LockedError, RepositoryError
+from dbmodule.errors import CancelledError, CorruptObjectError, LockedError, RepositoryError
 from dbmodule.ident import BackupId
 from dbmodule.ports import ObjectStore, ProcessIdentity, never_cancelled
 from dbmodule.processes import LocalProcesses
@@ -174,6 +174,28 @@ def wait_for_beats(store: ObjectStore, count: int) -> None:
             return
         threading.Event().wait(0.02)
     raise AssertionError("no heartbeats")
+
+
+@pytest.mark.parametrize("left", [None, b"nonsense"], ids=["gone", "damaged"])
+def test_an_owner_that_cannot_be_known_is_a_clear_error(
+    repository: Repository, taken: Lock, left: bytes | None
+) -> None:
+    """Whom to revoke is not known either, so that nobody may take the lock over unasked."""
+    name = taken.epoch.object("owner.json")
+    repository.store.delete(name)
+    if left is None:
+        repository.store.put_new(taken.epoch.object("beat-0000000001"), [])
+    else:
+        repository.store.put_new(name, [left])
+    with pytest.raises(CorruptObjectError, match=f"who holds the lock {NAME}") as caught:
+        acquire(repository.locks(LocalProcesses(), QUICK))
+    folder = name.removesuffix("/owner.json")
+    assert folder in caught.value.hint
+    # What the hint says helps.
+    for each in list(repository.store.list(folder + "/")):
+        repository.store.delete(each)
+    with acquire(repository.locks(LocalProcesses(), QUICK)):
+        pass
 
 
 def test_waiting_can_be_cancelled(repository: Repository, taken: Lock) -> None:
