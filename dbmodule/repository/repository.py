@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import re
 import secrets
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from itertools import chain
@@ -37,6 +38,7 @@ from dbmodule.errors import (
 )
 from dbmodule.ident import BackupId, SystemId
 from dbmodule.manifest import Manifest, from_body, to_body
+from dbmodule.parallel import in_order
 from dbmodule.ports import Cancelled, ObjectStore, Processes
 from dbmodule.repository.condemned import Condemned
 from dbmodule.repository.document import FORMAT, Documents, seal, unseal
@@ -56,6 +58,7 @@ if TYPE_CHECKING:
 DESCRIPTION = "repository.json"
 MANIFESTS = "manifests/"
 _CONTENT = ("clusters/", MANIFESTS, "packs/")
+_READERS = 8
 REVOKED = "revoked"
 """Member of a tombstone, true."""
 _CLUSTER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
@@ -77,6 +80,20 @@ def cluster_document(cluster: str) -> str:
 
 def manifest_name(cluster: str, backup: BackupId) -> str:
     return f"{MANIFESTS}{cluster}/{backup}.json"
+
+
+def check_hashes(chain: Sequence[Manifest], hashes: Sequence[str]) -> None:
+    """Prove that each manifest of a chain names the hash of its baseline's.
+
+    Raises `BrokenChainError` when a baseline was replaced since its dependent was taken.
+    """
+    for manifest, below in zip(chain[1:], hashes, strict=False):
+        if manifest.baseline_hash != below:
+            raise BrokenChainError(
+                f"backup {manifest.baseline_id} is not the one that {manifest.backup_id}"
+                " was built on: its manifest has changed",
+                hint="Restore a backup of another chain, and run `dbmodule verify`.",
+            )
 
 
 class RevokedError(ObjectMissingError):
@@ -240,13 +257,22 @@ class Repository:
         """
         found: dict[BackupId, Manifest] = {}
         unreadable: dict[BackupId, RepositoryError] = {}
-        for backup in self.taken_ids(cluster):
+
+        def read(backup: BackupId) -> Manifest | RepositoryError | None:
             try:
-                found[backup] = self.manifest(cluster, backup)[0]
+                return self.manifest(cluster, backup)[0]
             except ObjectMissingError:
-                continue  # a tombstone, or an expiry has removed it since it was listed
+                return None  # a tombstone, or an expiry has removed it since it was listed
             except (CorruptObjectError, FormatVersionError) as error:
-                unreadable[backup] = error
+                return error
+
+        ids = self.taken_ids(cluster)
+        # Where every answer takes its time hundreds of backups would be read for seconds.
+        for backup, outcome in in_order(read, ids, threads=_READERS, name="manifests"):
+            if isinstance(outcome, Manifest):
+                found[backup] = outcome
+            elif outcome is not None:
+                unreadable[backup] = outcome
         return found, unreadable
 
     def check_chain(self, members: list[Manifest]) -> list[str]:
@@ -254,16 +280,8 @@ class Repository:
 
         Raises `BrokenChainError` when a baseline was replaced since its dependent was taken.
         """
-        hashes: list[str] = []
-        for manifest in members:
-            _, digest = self.manifest(manifest.cluster, manifest.backup_id)
-            if hashes and manifest.baseline_hash != hashes[-1]:
-                raise BrokenChainError(
-                    f"backup {manifest.baseline_id} is not the one that {manifest.backup_id}"
-                    " was built on: its manifest has changed",
-                    hint="Restore a backup of another chain, and run `dbmodule verify`.",
-                )
-            hashes.append(digest)
+        hashes = [self.manifest(m.cluster, m.backup_id)[1] for m in members]
+        check_hashes(members, hashes)
         return hashes
 
     def commit(self, manifest: Manifest) -> str:
