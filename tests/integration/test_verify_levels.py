@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dbmodule.backup import copier
 from dbmodule.backup.batch import Batch
 from dbmodule.backup.collect import Collector
 from dbmodule.delta import Refs
@@ -215,6 +216,7 @@ def test_pages_in_each_others_place_are_found_by_their_checksums(
         add(self, numbers, refs[::-1])
 
     with monkeypatch.context() as patch:
+        patch.setattr(copier, "SMALL_BYTES", -1)  # as a large relation is copied
         patch.setattr(Collector, "add", swapped)
         manifest = mini.back_up(store, root, FULL)
     assert manifest.data_checksums
@@ -244,6 +246,7 @@ def test_a_page_that_is_not_the_one_remembered_is_found(
         mini.back_up(store, root, FULL)
         mini.change_pages(root, mini.RELATION, [1], 77)
     with monkeypatch.context() as patch:
+        patch.setattr(copier, "SMALL_BYTES", -1)
         patch.setattr(Batch, "trusted_marks", newer)
         mini.back_up(store, root, kind)
     assert mini.verify_all(store, NORMAL).status == "sound"
@@ -325,6 +328,7 @@ def test_without_checksums_marks_are_all_there_is(
         return made
 
     with monkeypatch.context() as patch:
+        patch.setattr(copier, "SMALL_BYTES", -1)
         patch.setattr(Batch, "trusted_marks", newer)
         site.full()
     report = site.app.verify("latest", level=DEEP)
