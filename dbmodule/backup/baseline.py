@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,9 +10,9 @@ import numpy as np
 
 from dbmodule import lineage, wal
 from dbmodule.backup.earlier import SamePages
-from dbmodule.backup.values import Pages
+from dbmodule.backup.stored import Pages, StoredPages
 from dbmodule.chain import chain_of
-from dbmodule.delta import FRAME_PAGES, ZERO_FRAME, Refs
+from dbmodule.delta import ZERO_FRAME
 from dbmodule.errors import (
     BrokenChainError,
     CorruptObjectError,
@@ -30,9 +28,6 @@ from dbmodule.repository.chainview import ChainView
 from dbmodule.repository.repository import Repository
 from dbmodule.repository.tables import FileEntry
 from dbmodule.walsummary import ChangedBlocks
-
-FRAMES_KEPT = 16
-"""Decompressed frames that each thread keeps: 4 MB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +152,7 @@ class ChainBaseline:
         self._frames = repository.frames
         with _readable(self.manifest):
             self._view = ChainView(repository, chain)
-        self._folded = threading.local()  # the file that a thread is at is folded once
+        self._stored = StoredPages(self._view, self._frames)
 
     def entry(self, path: str) -> FileEntry | None:
         return self._view.files.get(path)
@@ -184,43 +179,13 @@ class ChainBaseline:
     def unit_pages(self, path: str, unit: int) -> Pages:
         """What the baseline holds of 32 aligned pages, shape (pages there, 8192)."""
         with _readable(self.manifest):
-            refs = self._unit(path, unit)
-            pages = np.zeros((len(refs), PAGE_SIZE), np.uint8)
-            stored = np.flatnonzero(refs["frame"] != ZERO_FRAME)
-            places = np.stack((refs["pack"][stored], refs["frame"][stored]), axis=1)
-            for pack, frame in np.unique(places, axis=0).tolist():
-                here = stored[(places == (pack, frame)).all(axis=1)]
-                pages[here] = self._frame(pack, frame)[refs["slot"][here]]
-        return pages
+            return self._stored.pages(self._stored.refs(path, unit))
 
     def same_pages(self, path: str, unit: int, data: memoryview) -> SamePages | None:
         return None
 
-    def _frame(self, pack: int, frame: int) -> Pages:
-        """The pages of a frame; a thread keeps the last few: those of a delta are scattered."""
-        frames: OrderedDict[tuple[int, int], Pages] | None
-        frames = getattr(self._folded, "frames", None)
-        if frames is None:
-            frames = self._folded.frames = OrderedDict()
-        found = frames.get((pack, frame))
-        if found is None:
-            raw = self._frames.frame(self._view.packs[pack], frame)
-            whole = len(raw) // PAGE_SIZE * PAGE_SIZE
-            found = np.frombuffer(raw, np.uint8, whole).reshape(-1, PAGE_SIZE)
-            frames[pack, frame] = found
-            if len(frames) > FRAMES_KEPT:
-                frames.popitem(last=False)
-        return found
-
-    def _unit(self, path: str, unit: int) -> Refs:
-        if getattr(self._folded, "path", None) != path:
-            self._folded.refs = self._view.page_map(path).refs
-            self._folded.path = path
-        refs: Refs = self._folded.refs[unit * FRAME_PAGES : (unit + 1) * FRAME_PAGES]
-        return refs
-
     def _unit_hash(self, path: str, unit: int) -> bytes | None:
-        refs = self._unit(path, unit)
+        refs = self._stored.refs(path, unit)
         if not len(refs) or int(refs["frame"][0]) == ZERO_FRAME:
             return None
         same = (refs["pack"] == refs["pack"][0]) & (refs["frame"] == refs["frame"][0])

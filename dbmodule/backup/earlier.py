@@ -9,15 +9,14 @@ each frame that changed, and saves to compress and to store it.
 from __future__ import annotations
 
 import logging
-import threading
-from collections import OrderedDict
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dbmodule.backup.stored import StoredPages
 from dbmodule.chain import chain_of, newest
-from dbmodule.delta import FRAME_PAGES, REF, ZERO_FRAME, Refs
+from dbmodule.delta import ZERO_FRAME, Refs
 from dbmodule.errors import DbmoduleError, RefusedError, RepositoryError
 from dbmodule.ident import PAGE_SIZE
 from dbmodule.repository.chainview import ChainView
@@ -28,7 +27,6 @@ log = logging.getLogger(__name__)
 
 MOST_FRAMES = 8
 """A unit whose pages lie in more frames is stored anew: it would be read slowly for ever."""
-_FRAMES_HELD = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +44,8 @@ class EarlierPages:
     """What the newest backup of the cluster has, by file and block. Safe for threads."""
 
     def __init__(self, repository: Repository, view: ChainView) -> None:
-        self._repository = repository
-        self._view = view
-        self._local = threading.local()
+        self._packs = view.packs
+        self._stored = StoredPages(view, repository.frames)
 
     def same_pages(self, path: str, unit: int, data: memoryview) -> SamePages | None:
         """Which pages of a unit of 32 lie there as they are now; None for less than half of them.
@@ -62,42 +59,18 @@ class EarlierPages:
             return None
 
     def _same_pages(self, path: str, unit: int, data: memoryview) -> SamePages | None:
-        refs = self._refs(path)[unit * FRAME_PAGES : (unit + 1) * FRAME_PAGES]
-        same = np.zeros(len(data) // PAGE_SIZE, np.bool_)
-        refs = refs[: len(same)]
-        stored = np.flatnonzero(refs["frame"] != ZERO_FRAME)
-        frames = sorted({(int(r["pack"]), int(r["frame"])) for r in refs[stored]})
-        if len(stored) * 2 < len(same) or len(frames) > MOST_FRAMES:
+        rows = np.frombuffer(data, np.uint8).reshape(-1, PAGE_SIZE)
+        refs = self._stored.refs(path, unit)[: len(rows)]
+        stored = refs["frame"] != ZERO_FRAME
+        places = np.stack((refs["pack"][stored], refs["frame"][stored]), axis=1)
+        if len(places) * 2 < len(rows) or len(np.unique(places, axis=0)) > MOST_FRAMES:
             return None
-        raw = {key: self._frame(*key) for key in frames}
-        for at in stored.tolist():
-            ref = refs[at]
-            start = int(ref["slot"]) * PAGE_SIZE
-            old = raw[int(ref["pack"]), int(ref["frame"])][start : start + PAGE_SIZE]
-            same[at] = old == bytes(data[at * PAGE_SIZE : (at + 1) * PAGE_SIZE])
+        same = np.zeros(len(rows), np.bool_)
+        equal = (rows[: len(refs)] == self._stored.pages(refs)).all(axis=1)
+        same[: len(refs)] = stored & equal
         if int(same.sum()) * 2 < len(same):
             return None
-        return SamePages(same, self._view.packs, refs[np.flatnonzero(same)])
-
-    def _refs(self, path: str) -> Refs:
-        """The folded references of the file that this thread is at; none for a file not known."""
-        if getattr(self._local, "path", None) != path:
-            known = path in self._view.files
-            self._local.refs = self._view.page_map(path).refs if known else np.empty(0, REF)
-            self._local.path = path
-        refs: Refs = self._local.refs
-        return refs
-
-    def _frame(self, pack: int, frame: int) -> bytes:
-        held: OrderedDict[tuple[int, int], bytes] | None = getattr(self._local, "frames", None)
-        if held is None:
-            held = self._local.frames = OrderedDict()
-        raw = held.get((pack, frame))
-        if raw is None:
-            raw = held[pack, frame] = self._repository.frames.frame(self._view.packs[pack], frame)
-            if len(held) > _FRAMES_HELD:
-                held.popitem(last=False)
-        return raw
+        return SamePages(same, self._packs, refs[same[: len(refs)]])
 
 
 def earlier_pages(

@@ -7,10 +7,10 @@ from itertools import product
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from dbmodule.backup.batch import Suspect
 from dbmodule.backup.earlier import EarlierPages, SamePages
+from dbmodule.backup.stored import Pages
 from dbmodule.datafile import Kind
 from dbmodule.delta import Extents
 from dbmodule.ident import PAGE_SIZE, Lsn
@@ -18,8 +18,6 @@ from dbmodule.registry import HASH, MARK, EntryFlag, EntryKind, FileIdentity, Ha
 from dbmodule.repository.tables import FileEntry
 from dbmodule.walsummary import ChangedBlocks
 
-Pages = NDArray[np.uint8]
-"""Shape (pages, 8192)."""
 PlannedFile = tuple[str, Kind, int]
 """Path, kind and listed size."""
 
