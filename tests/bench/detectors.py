@@ -10,16 +10,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 import time
-from pathlib import Path
 
 from dbmodule.app import App
-from dbmodule.config import BackupSection, Config, RepositorySection, ServerSection
 from dbmodule.ident import BackupType
 from dbmodule.postgres.cluster import LocalCluster
 from dbmodule.reports import BackupOptions
-from tests.fix_cluster import Clusters
+from tests.bench.site import BenchSite, bench_site
 
 SHARES = (0.0, 0.001, 0.01, 0.1)
 SETTINGS = {"summarize_wal": "on", "max_wal_size": "8GB", "shared_buffers": "256MB"}
@@ -47,37 +44,19 @@ def main() -> None:
     parser.add_argument("--pg", type=int, default=18)
     parser.add_argument("--scratch", default="/tmp")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="dbm-bench-", dir=options.scratch) as directory:
-        root = Path(directory)
-        root.chmod(0o755)
-        clusters = Clusters(root)
-        cluster = clusters.make(options.pg, settings=SETTINGS)
-        cluster.start()
-        try:
-            cluster.run(
-                "pgbench", "--initialize", "--quiet", f"--scale={options.scale}", "postgres"
-            )
-            cluster.execute("VACUUM FREEZE")
-            measure(cluster, clusters.directory())
-        finally:
-            cluster.stop("immediate")
+    with bench_site(options.scratch, options.pg, options.scale, SETTINGS) as site:
+        site.cluster.execute("VACUUM FREEZE")
+        measure(site)
 
 
-def measure(cluster: LocalCluster, base: Path) -> None:
-    app = App.open(
-        Config(
-            server=ServerSection(dsn=cluster.dsn("postgres"), pgdata=cluster.datadir),
-            repository=RepositorySection(url=str(base / "repository")),
-            backup=BackupSection(threads=2),
-        )
-    )
-    app.init(config_path=base / "dbmodule.toml", extension=True)
-    change(cluster, 0)
-    report("full", app, BackupOptions(BackupType.FULL))
+def measure(site: BenchSite) -> None:
+    change(site.cluster, 0)
+    report("full", site.app, BackupOptions(BackupType.FULL))
     for share in SHARES:
-        change(cluster, share)
+        change(site.cluster, share)
         for detect in ("wal", "scan", "content"):
-            report(f"{share:.1%} {detect}", app, BackupOptions(BackupType.DIFF, detect=detect))
+            options = BackupOptions(BackupType.DIFF, detect=detect)
+            report(f"{share:.1%} {detect}", site.app, options)
 
 
 def report(name: str, app: App, options: BackupOptions) -> None:

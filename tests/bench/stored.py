@@ -15,16 +15,12 @@ import secrets
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
-from dbmodule.app import App
-from dbmodule.config import BackupSection, Config, RepositorySection, ServerSection
 from dbmodule.ident import BackupType
-from dbmodule.postgres.cluster import LocalCluster
 from dbmodule.reports import BackupOptions
-from tests.fix_cluster import Clusters
+from tests.bench.site import BenchSite, bench_site
 
 STEPS = ("full", "diff 1", "diff 2", "diff 3", "diff 4", "diff 5", "full again")
 
@@ -59,31 +55,13 @@ def main() -> None:
     parser.add_argument("--pg", type=int, default=18)
     parser.add_argument("--scratch", default="/tmp")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="dbm-bench-", dir=options.scratch) as directory:
-        root = Path(directory)
-        root.chmod(0o755)
-        clusters = Clusters(root)
-        cluster = clusters.make(options.pg, settings={"max_wal_size": "4GB"})
-        cluster.start()
-        try:
-            cluster.run(
-                "pgbench", "--initialize", "--quiet", f"--scale={options.scale}", "postgres"
-            )
-            measure(cluster, clusters.directory(), options.transactions)
-        finally:
-            cluster.stop("immediate")
+    settings = {"max_wal_size": "4GB"}
+    with bench_site(options.scratch, options.pg, options.scale, settings) as site:
+        measure(site, options.transactions)
 
 
-def measure(cluster: LocalCluster, base: Path, transactions: int) -> None:
-    ours, theirs = base / "repository", Restic(base / "restic")
-    app = App.open(
-        Config(
-            server=ServerSection(dsn=cluster.dsn("postgres"), pgdata=cluster.datadir),
-            repository=RepositorySection(url=str(ours)),
-            backup=BackupSection(threads=2),
-        )
-    )
-    app.init(config_path=base / "dbmodule.toml", extension=True)
+def measure(site: BenchSite, transactions: int) -> None:
+    cluster, ours, theirs = site.cluster, site.repository, Restic(site.base / "restic")
     for step in STEPS:
         if step.startswith("diff"):
             cluster.run("pgbench", "--no-vacuum", f"--transactions={transactions}", "postgres")
@@ -91,7 +69,7 @@ def measure(cluster: LocalCluster, base: Path, transactions: int) -> None:
         kind = BackupType.FULL if step.startswith("full") else BackupType.DIFF
         row: dict[str, object] = {"what": step}
         before, began = size(ours), time.monotonic()
-        made = app.backup(BackupOptions(kind, offline=True))
+        made = site.app.backup(BackupOptions(kind, offline=True))
         row |= {"seconds": round(time.monotonic() - began, 2), "bytes": size(ours) - before}
         row |= {"reported": made.bytes_stored, "pages_changed": made.pages_changed}
         before, began = size(theirs.path), time.monotonic()
